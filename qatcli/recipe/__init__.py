@@ -1,0 +1,48 @@
+"""The recipe: one YAML file is one experiment. Importing this loads neither torch nor transformers."""
+
+from qatcli.recipe.checks import FORMAT_BITS, check_group_sizes
+from qatcli.recipe.identity import changed_keys, digest, dump_recipe
+from qatcli.recipe.load import load_recipe, recipe_name
+from qatcli.recipe.methods import METHODS, preset
+from qatcli.recipe.schema import (
+    BlockApSection,
+    CacheSection,
+    CalibrateSection,
+    DataSource,
+    E2eQpSection,
+    EvalSection,
+    Expectation,
+    ExportSection,
+    ModelSection,
+    ModuleOverride,
+    PackSection,
+    PerplexityText,
+    QuantSection,
+    Recipe,
+)
+
+__all__ = [
+    "FORMAT_BITS",
+    "METHODS",
+    "BlockApSection",
+    "CacheSection",
+    "CalibrateSection",
+    "DataSource",
+    "E2eQpSection",
+    "EvalSection",
+    "Expectation",
+    "ExportSection",
+    "ModelSection",
+    "ModuleOverride",
+    "PackSection",
+    "PerplexityText",
+    "QuantSection",
+    "Recipe",
+    "changed_keys",
+    "check_group_sizes",
+    "digest",
+    "dump_recipe",
+    "load_recipe",
+    "preset",
+    "recipe_name",
+]

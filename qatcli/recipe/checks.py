@@ -1,0 +1,178 @@
+"""Contradictions between keys that are each valid alone.
+
+Each check says which keys it reads, so that the loader can leave it out when one of them is itself wrong, and
+report the contradictions among the others together with the field errors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from qatcli.errors import RecipeError
+from qatcli.recipe.locations import is_local
+from qatcli.recipe.problems import Key, Problem
+from qatcli.recipe.schema import BlockApSection, E2eQpSection, Recipe
+
+FORMAT_BITS: Mapping[str, tuple[int, ...]] = {
+    "gptq": (2, 3, 4, 8),
+    "bitblas": (2, 3, 4, 8),
+    "native": (2, 3, 4, 8),
+    "compressed-tensors": (2, 3, 4, 8),
+    "dense": (2, 3, 4, 8),
+    "awq": (2, 3, 4),
+    "gguf": (2, 3, 4),
+}
+"""Bits that each export format can carry."""
+
+_LARGEST_ABSOLUTE_RATE = 0.1
+_SMALLEST_REACH = 1e-3
+
+Check = Callable[[Recipe], Iterator[Problem]]
+
+
+def _format_carries_bits(recipe: Recipe) -> Iterator[Problem]:
+    used = {recipe.quant.bits, *(override.bits for override in recipe.quant.overrides if override.bits)}
+    for index, name in enumerate(recipe.export.formats):
+        too_many = sorted(used.difference(FORMAT_BITS[name]))
+        if too_many:
+            able = ", ".join(other for other, bits in FORMAT_BITS.items() if used.issubset(bits))
+            bits = " and ".join(str(bit) for bit in too_many)
+            yield Problem(("export", "formats", index), f"cannot carry {bits} bits; these can: {able}", name)
+
+
+def _gguf_file_is_there(recipe: Recipe) -> Iterator[Problem]:
+    source, name = recipe.model.source, recipe.model.gguf_file
+    if name is None or not is_local(source):
+        return
+    if source.lower().endswith(".gguf"):
+        yield Problem(("model", "gguf_file"), "model.source already names a GGUF file; leave this out", name)
+    elif not os.path.exists(os.path.join(source, name)):
+        yield Problem(("model", "gguf_file"), f"no such file in {source}", name)
+
+
+def _micro_batch_divides(recipe: Recipe) -> Iterator[Problem]:
+    whole, part = recipe.e2e_qp.batch_size, recipe.e2e_qp.micro_batch_size
+    if whole % part:
+        divisors = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+        yield Problem(("e2e_qp", "micro_batch_size"), f"must divide batch_size {whole}: {divisors}", part)
+
+
+def _batches_fit_samples(recipe: Recipe) -> Iterator[Problem]:
+    for section, size, samples in (
+        ("block_ap", recipe.block_ap.batch_size, recipe.calibrate.samples),
+        ("e2e_qp", recipe.e2e_qp.batch_size, recipe.e2e_qp.samples),
+    ):
+        if size > samples:
+            yield Problem((section, "batch_size"), f"is more than the {samples} training windows", size)
+
+
+def _best_needs_validation(recipe: Recipe) -> Iterator[Problem]:
+    for section, keep_best, windows, where in (
+        ("block_ap", recipe.block_ap.keep_best, recipe.calibrate.validation_samples, "calibrate"),
+        ("e2e_qp", recipe.e2e_qp.keep_best, recipe.e2e_qp.validation_samples, "e2e_qp"),
+    ):
+        if keep_best and windows == 0:
+            yield Problem((section, "keep_best"), f"needs {where}.validation_samples above 0", keep_best)
+
+
+def _moments_are_measured(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.calibrate.moment_samples:
+        return
+    if recipe.quant.init == "weighted":
+        yield Problem(("quant", "init"), "needs calibrate.moment_samples above 0", "weighted")
+    if recipe.block_ap.rounding == "gptq":
+        yield Problem(("block_ap", "rounding"), "needs calibrate.moment_samples above 0", "gptq")
+
+
+def _rates_match_units(recipe: Recipe) -> Iterator[Problem]:
+    sections: dict[str, BlockApSection | E2eQpSection] = {"block_ap": recipe.block_ap, "e2e_qp": recipe.e2e_qp}
+    for name, section in sections.items():
+        for key, rate in section:
+            if not key.startswith("lr_") or key == "lr_units":
+                continue
+            if section.lr_units == "absolute" and rate > _LARGEST_ABSOLUTE_RATE:
+                text = f"is a reach, not an absolute rate (at most {_LARGEST_ABSOLUTE_RATE}); see {name}.lr_units"
+                yield Problem((name, key), text, rate)
+            if section.lr_units == "reach" and 0 < rate < _SMALLEST_REACH:
+                text = f"is an absolute rate, not a reach (0, or at least {_SMALLEST_REACH}); see {name}.lr_units"
+                yield Problem((name, key), text, rate)
+
+
+def _trained_have_rates(recipe: Recipe) -> Iterator[Problem]:
+    section = recipe.e2e_qp
+    for what, rate in (("scales", section.lr_scales), ("norms", section.lr_norms)):
+        if what in section.train and rate == 0:
+            yield Problem(("e2e_qp", f"lr_{what}"), f"must be above 0, or take {what} out of e2e_qp.train", rate)
+        if what not in section.train and what == "norms" and rate > 0:
+            yield Problem(("e2e_qp", "lr_norms"), "has no effect: add norms to e2e_qp.train", rate)
+
+
+def _metric_names_differ(recipe: Recipe) -> Iterator[Problem]:
+    seen: set[str] = set()
+    for index, text in enumerate(recipe.eval.perplexity):
+        if text.name in seen:
+            yield Problem(("eval", "perplexity", index, "name"), "is used by an earlier text", text.name)
+        seen.add(text.name)
+
+
+_RATES = ("lr_units", "lr_weights", "lr_scales", "lr_zero_points", "lr_norms")
+
+CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
+    (_format_carries_bits, ("quant.bits", "quant.overrides", "export.formats")),
+    (_gguf_file_is_there, ("model.source", "model.gguf_file")),
+    (_micro_batch_divides, ("e2e_qp.batch_size", "e2e_qp.micro_batch_size")),
+    (_batches_fit_samples, ("block_ap.batch_size", "calibrate.samples", "e2e_qp.batch_size", "e2e_qp.samples")),
+    (
+        _best_needs_validation,
+        ("block_ap.keep_best", "calibrate.validation_samples", "e2e_qp.keep_best", "e2e_qp.validation_samples"),
+    ),
+    (_moments_are_measured, ("quant.init", "block_ap.rounding", "calibrate.moment_samples")),
+    (_rates_match_units, ("method", *(f"{s}.{key}" for s in ("block_ap", "e2e_qp") for key in _RATES))),
+    (_trained_have_rates, ("e2e_qp.train", "e2e_qp.lr_scales", "e2e_qp.lr_norms")),
+    (_metric_names_differ, ("eval.perplexity",)),
+)
+"""Every check with the keys that it reads."""
+
+
+def contradictions(recipe: Recipe, wrong: set[Key]) -> list[Problem]:
+    """The contradictions in `recipe` that involve none of the `wrong` keys."""
+    problems: list[Problem] = []
+    for check, reads in CHECKS:
+        if not any(_overlap(tuple(read.split(".")), key) for read in reads for key in wrong):
+            problems += check(recipe)
+    return problems
+
+
+def _overlap(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    shared = min(len(one), len(other))
+    return one[:shared] == other[:shared]
+
+
+def check_group_sizes(recipe: Recipe, in_features: Mapping[str, int]) -> None:
+    """Raise RecipeError if the group size of a quantized linear does not divide its inputs.
+
+    `in_features` maps the name of every linear in the model to its number of inputs. The message lists every linear
+    concerned and the hint the group sizes that divide them all.
+    """
+    wrong: dict[tuple[int, int], list[str]] = {}
+    quantized: list[int] = []
+    for name, features in in_features.items():
+        setting = recipe.quant.for_module(name)
+        if setting is None:
+            continue
+        quantized.append(features)
+        if setting[1] != -1 and features % setting[1]:
+            wrong.setdefault((setting[1], features), []).append(name)
+    if not wrong:
+        return
+    lines = [
+        f"group size {size} does not divide the {features} inputs of {', '.join(names)}"
+        for (size, features), names in wrong.items()
+    ]
+    common = math.gcd(*quantized)
+    fitting = [str(size) for size in range(8, common + 1) if common % size == 0]
+    hint = f"set quant.group_size to one of {', '.join([*fitting, '-1'])}, or quant.overrides for these layers"
+    raise RecipeError("\n".join(lines), hint=hint)

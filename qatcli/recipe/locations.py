@@ -1,0 +1,87 @@
+"""Where things are: environment variables, hub ids against local paths, paths relative to the recipe file."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+BUILT_IN_TEXTS = ("wikitext2", "c4")
+
+_VARIABLE = re.compile(r"\$?\$\{([^{}]*)\}")
+_NAME = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_FILE_SUFFIXES = (
+    *(".jsonl", ".ndjson", ".json", ".parquet", ".arrow"),
+    *(".txt", ".text", ".raw", ".utf8", ".md", ".gz", ".gguf"),
+)
+
+
+def expand_variables(text: str, environment: Mapping[str, str]) -> str:
+    """`text` with `${NAME}` and `${NAME:-default}` replaced; `$${` stands for a literal `${`.
+
+    Raises ValueError naming the variable that is not set, or the expression that is not one of the two forms.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if match[0].startswith("$$"):
+            return match[0][1:]
+        parts = _NAME.fullmatch(match[1])
+        if parts is None:
+            raise ValueError(f"{match[0]} is neither ${{NAME}} nor ${{NAME:-default}}")
+        name, default = parts[1], parts[2]
+        found = environment.get(name) or default
+        if found is None:
+            raise ValueError(f"the environment variable {name} is not set")
+        return found
+
+    return _VARIABLE.sub(value, text)
+
+
+def escape_variables(text: str) -> str:
+    """The inverse of `expand_variables` for a text that must come back unchanged."""
+    return _VARIABLE.sub(lambda match: "$" + match[0], text)
+
+
+def is_local(source: str) -> bool:
+    """Whether `source` names files of this machine rather than a hub repository."""
+    return (
+        source.startswith((".", "/", "~"))
+        or os.path.isabs(source)
+        or source.lower().endswith(_FILE_SUFFIXES)
+        or glob.has_magic(source)
+    )
+
+
+def absolute(path: str, folder: Path) -> str:
+    """`path` as an absolute path, read relative to `folder`."""
+    return os.path.normpath(folder / os.path.expanduser(path))
+
+
+def resolve_source(source: str, folder: Path) -> str:
+    """A model's or data set's source: hub ids unchanged, paths and globs absolute.
+
+    Raises ValueError if the path does not exist, the glob matches nothing, or it is neither a path nor a hub id.
+    """
+    if is_local(source):
+        return _existing(source, folder)
+    if not _HUB_ID.fullmatch(source):
+        raise ValueError("is not a hub id (owner/name); write a local path as ./path or /path")
+    return source
+
+
+def resolve_text(source: str, folder: Path) -> str:
+    """A perplexity text: a built-in name unchanged, anything else the absolute path of an existing file."""
+    return source if source in BUILT_IN_TEXTS else _existing(source, folder)
+
+
+def _existing(source: str, folder: Path) -> str:
+    path = absolute(source, folder)
+    if os.path.lexists(path) and os.path.exists(path):
+        return path
+    if glob.has_magic(path) and "\0" not in path and any(glob.iglob(path, recursive=True)):
+        return path
+    what = "no file matches" if glob.has_magic(source) else "no such file or folder:"
+    raise ValueError(f"{what} {path} (paths are relative to the recipe file)")
