@@ -1,0 +1,74 @@
+"""Which implementation serves a call: Triton for CUDA tensors where Triton is installed, else the torch reference.
+
+The environment variable QAT_KERNELS (reference or triton) overrides the choice, for bug reports and for tests; Triton
+on CPU tensors needs TRITON_INTERPRET=1 set before Triton is first imported.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+from torch import Tensor
+
+from qat_kernels import bitstream, reference
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the primitives, with the signatures of `qat_kernels.reference` and `bitstream`."""
+
+    fake_quant: Callable[..., Tensor]
+    fake_quant_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    quantize: Callable[..., Tensor]
+    pack: Callable[..., Tensor]
+    unpack: Callable[..., Tensor]
+    dequantize: Callable[..., Tensor]
+    scale_grad: Callable[..., Tensor]
+
+
+REFERENCE = Backend(
+    fake_quant=reference.fake_quant,
+    fake_quant_backward=reference.fake_quant_backward,
+    quantize=reference.quantize,
+    pack=bitstream.pack,
+    unpack=bitstream.unpack,
+    dequantize=reference.dequantize,
+    scale_grad=reference.scale_grad,
+)
+
+
+def backend_for(tensor: Tensor) -> Backend:
+    """The backend for an op whose first argument is tensor.
+
+    Raises:
+        ValueError: QAT_KERNELS is set to something else than reference or triton.
+        ImportError: QAT_KERNELS asks for Triton and it is not installed.
+    """
+    forced = os.environ.get("QAT_KERNELS", "")
+    if forced not in ("", "reference", "triton"):
+        raise ValueError(f"QAT_KERNELS must be reference or triton. Got: {forced!r}")
+    if forced == "triton" or (not forced and tensor.is_cuda and _has_triton()):
+        return _triton_backend()
+    return REFERENCE
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _triton_backend() -> Backend:
+    from qat_kernels import triton_dequantize, triton_fake_quant, triton_packing
+
+    return Backend(
+        fake_quant=triton_fake_quant.fake_quant,
+        fake_quant_backward=triton_fake_quant.fake_quant_backward,
+        quantize=triton_fake_quant.quantize,
+        pack=triton_packing.pack,
+        unpack=triton_packing.unpack,
+        dequantize=triton_dequantize.dequantize,
+        scale_grad=partial(reference.scale_grad, dequantize=triton_dequantize.dequantize),
+    )
