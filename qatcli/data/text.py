@@ -1,0 +1,72 @@
+"""Token streams and windows for perplexity, cut as the EfficientQAT paper and most others cut them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from qatcli.data.files import read_text
+from qatcli.data.sources import load_hub
+from qatcli.data.tokens import Tokens, encode_text
+from qatcli.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_C4_WINDOWS = 256
+_C4_SHARD = "en/c4-validation.00000-of-00008.json.gz"
+
+
+def text_tokens(source: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """The evaluation text as one token stream, int64 [n], with the special tokens the tokenizer adds by default.
+
+    source: "wikitext2" (the raw test split from the hub, lines joined by two newlines), or a local text file, whole.
+    Raises InputError when it cannot be read. C4 is not a stream: see `c4_windows`.
+    """
+    if source == "wikitext2":
+        rows = load_hub("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+        text = "\n\n".join(rows["text"])
+    elif Path(source).expanduser().is_file():
+        text = read_text(Path(source).expanduser())
+    else:
+        raise InputError(f"{source}: no such text", hint="give `wikitext2`, `c4`, or the path of a text file")
+    return torch.from_numpy(encode_text(tokenizer, text).astype(np.int64))
+
+
+def evaluation_windows(tokens: torch.Tensor, seq_len: int, windows: int | None = None) -> torch.Tensor:
+    """The first `windows` non-overlapping windows of a stream [n], or all, as [W, seq_len]; the rest is dropped.
+
+    Raises InputError when the stream has fewer.
+    """
+    available = len(tokens) // seq_len
+    if available < max(1, windows or 1):
+        raise InputError(
+            f"the evaluation text has {len(tokens)} tokens: {available} windows of {seq_len}, not {windows or 1}",
+            hint="lower `seq_len` or `windows`, or evaluate on a longer text",
+        )
+    count = windows or available
+    return tokens[: count * seq_len].reshape(count, seq_len)
+
+
+def c4_windows(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> torch.Tensor:
+    """The paper's C4 windows, int64 [256, seq_len]: random ones of the first validation shard, seed 0.
+
+    The draws repeat those of the GPTQ code that published C4 perplexities use, which is why they are Python's
+    `random` and not numpy's. Raises InputError when the shard cannot be read or no document is long enough.
+    """
+    rows = load_hub("allenai/c4", None, data_files={"validation": _C4_SHARD}, split="validation")
+    texts = rows["text"]
+    if not any(len(text.encode()) >= seq_len and len(encode_text(tokenizer, text)) >= seq_len for text in texts):
+        raise InputError(f"no C4 validation document has {seq_len} tokens", hint="lower `seq_len`")
+    draw = random.Random(0)
+    cut: list[Tokens] = []
+    while len(cut) < _C4_WINDOWS:
+        tokens = encode_text(tokenizer, texts[draw.randint(0, len(texts) - 1)])
+        if len(tokens) >= seq_len:
+            start = draw.randint(0, max(0, len(tokens) - seq_len - 1))
+            cut.append(tokens[start : start + seq_len])
+    return torch.from_numpy(np.stack(cut).astype(np.int64))

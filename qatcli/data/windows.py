@@ -1,0 +1,194 @@
+"""The token windows of a stage: a seeded sample of its data sources.
+
+Reads:  the sources of a recipe (qatcli.data.sources), a tokenizer.
+Method: one random window of a random document longer than the window; training windows from the first 90 % of the
+        documents, validation windows from the last 10 % (EfficientQAT, arXiv 2407.11062, section 4.1 and its code).
+        Sources whose documents are too short for that, and instruction data, are packed.
+Left out: padding. Every window is full, so no stage needs an attention mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qatcli.data.corpus import Corpus, Document, read_corpus
+from qatcli.data.packing import draw_windows, find_long, has_tokens, pack_windows
+from qatcli.data.sources import DataSource
+from qatcli.data.tokens import Example, encode_text, plain
+from qatcli.errors import InputError, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROW_FLOOR = 32_768  # rows read of a source at least, if it has them
+_ROWS_PER_WINDOW = 32
+_FEW_LONG_DOCUMENTS = 8  # with fewer, or one for 32 windows, a source is packed
+
+
+@dataclass(frozen=True)
+class WindowSet:
+    """train int32 [S, T], validation int32 [V, T]; loss masks bool of the same shapes, None if all tokens count.
+
+    digest: sha256 of the content that was read, independent of file names and formats.
+    stats: what was read and used, ready for JSON.
+    """
+
+    train: torch.Tensor
+    validation: torch.Tensor
+    loss_mask_train: torch.Tensor | None
+    loss_mask_validation: torch.Tensor | None
+    digest: str
+    stats: dict[str, Any]
+
+
+def sample_windows(
+    sources: Sequence[DataSource],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    validation_samples: int,
+    seq_len: int,
+    seed: int,
+    purpose: str = "calibrate",
+) -> WindowSet:
+    """Sample `samples` training and `validation_samples` validation windows of `seq_len` tokens.
+
+    Sources are mixed in proportion to their weights. The result depends on the arguments and the data alone; another
+    `purpose` gives independent windows. Raises InputError for data that are missing, malformed or too short,
+    RecipeError for a format or weights that make no sense.
+    """
+    weights = [source.weight for source in sources]
+    wanted = {"train": allocate(samples, weights), "validation": allocate(validation_samples, weights)}
+    limit = max(_ROW_FLOOR, _ROWS_PER_WINDOW * (samples + validation_samples))
+    windows: dict[str, list[Example]] = {"train": [], "validation": []}
+    source_stats: list[dict[str, Any]] = []
+    digest = hashlib.sha256()
+    for index, source in enumerate(sources):
+        corpus = read_corpus(source, tokenizer, limit=limit)
+        digest.update(bytes.fromhex(corpus.digest))
+        stats: dict[str, Any] = {"source": corpus.name, "format": corpus.format, "digest": corpus.digest}
+        for split, documents in (("train", corpus.train), ("validation", corpus.validation)):
+            count = wanted[split][index]
+            rng = generator(seed, purpose, split, index)
+            drawn, packed = _sample_split(corpus, split, documents, tokenizer, rng, count=count, seq_len=seq_len)
+            windows[split] += drawn
+            stats[split] = _split_stats(documents, count=count, packed=packed)
+        source_stats.append(stats)
+    masked = any(stats["format"] != "text" for stats in source_stats)
+    stacked = {
+        split: _stack(examples, generator(seed, purpose, split, "mix"), seq_len) for split, examples in windows.items()
+    }
+    return WindowSet(
+        train=stacked["train"][0],
+        validation=stacked["validation"][0],
+        loss_mask_train=stacked["train"][1] if masked else None,
+        loss_mask_validation=stacked["validation"][1] if masked else None,
+        digest=digest.hexdigest(),
+        stats=_total_stats(source_stats),
+    )
+
+
+def allocate(count: int, weights: Sequence[float]) -> list[int]:
+    """Share `count` among `weights` by largest remainder. Raises RecipeError for no weights or a bad one."""
+    if not weights or any(not math.isfinite(weight) or weight < 0 for weight in weights) or sum(weights) == 0:
+        raise RecipeError(
+            f"data source weights {list(weights)} cannot share {count} windows",
+            hint="give at least one source, and weights that are not negative and not all zero",
+        )
+    shares = [count * weight / sum(weights) for weight in weights]
+    allocated = [math.floor(share) for share in shares]
+    by_remainder = sorted(
+        range(len(shares)), key=lambda index: allocated[index] - shares[index]
+    )  # stable: ties by order
+    for index in by_remainder[: count - sum(allocated)]:
+        allocated[index] += 1
+    return allocated
+
+
+def generator(seed: int, *purpose: str | int) -> np.random.Generator:
+    """A numpy generator of its own for every (seed, purpose), the same on every machine and Python."""
+    key = "/".join(map(str, (seed, *purpose)))
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little"))
+
+
+def _sample_split(
+    corpus: Corpus,
+    split: str,
+    documents: list[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    rng: np.random.Generator,
+    *,
+    count: int,
+    seq_len: int,
+) -> tuple[list[Example], bool]:
+    """(windows, whether they are packed) of one split of one source."""
+    if count == 0:
+        return [], False
+    separator = None
+    if corpus.format == "text":
+        order = rng.permutation(len(documents)).tolist()
+        found = find_long(documents, order, seq_len=seq_len, wanted=max(count, _FEW_LONG_DOCUMENTS))
+        enough = max(_FEW_LONG_DOCUMENTS, math.ceil(count / 32))
+        if found and (len(found) >= enough or len(documents) == 1):
+            long = [documents[index].example for index in found]
+            return draw_windows(long, rng, count=count, seq_len=seq_len), False
+        separator = _separator(tokenizer)
+    if not has_tokens(documents, seq_len):
+        raise _too_short(corpus, split, documents, seq_len)
+    return pack_windows(documents, rng, count=count, seq_len=seq_len, separator=separator), True
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase) -> Example:
+    """What stands between packed documents: the end-of-text token, or a newline where there is none."""
+    if tokenizer.eos_token_id is None:
+        return plain(encode_text(tokenizer, "\n", special_tokens=False))
+    return plain(np.asarray([tokenizer.eos_token_id], dtype=np.int32))
+
+
+def _too_short(corpus: Corpus, split: str, documents: list[Document], seq_len: int) -> InputError:
+    lengths = [len(document.example) for document in documents]
+    untrainable = sum(not document.example.loss[:seq_len].any() for document in documents)
+    note = f"; {untrainable} have no answer within a window" if untrainable and corpus.format != "text" else ""
+    return InputError(
+        f"{corpus.name}: the {split} split has {len(documents)} documents, none longer than a window of {seq_len} "
+        f"tokens (the longest has {max(lengths)}), and even packed together they hold only {sum(lengths)}{note}",
+        hint=f"lower seq_len, or add data: {split} uses the {'first 90' if split == 'train' else 'last 10'} % of it",
+    )
+
+
+def _stack(examples: list[Example], rng: np.random.Generator, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens int32 [n, T], loss bool [n, T]) in random order, so that the sources are mixed."""
+    tokens = np.zeros((len(examples), seq_len), dtype=np.int32)
+    loss = np.zeros((len(examples), seq_len), dtype=np.bool_)
+    for row, index in enumerate(rng.permutation(len(examples)).tolist()):
+        tokens[row], loss[row] = examples[index].tokens, examples[index].loss
+    return torch.from_numpy(tokens), torch.from_numpy(loss)
+
+
+def _split_stats(documents: list[Document], *, count: int, packed: bool) -> dict[str, Any]:
+    tokenized = [document for document in documents if document.is_tokenized]
+    return {
+        "windows": count,
+        "documents": len(documents),
+        "documents_tokenized": len(tokenized),
+        "tokens_tokenized": sum(len(document.example) for document in tokenized),
+        "packed": packed,
+    }
+
+
+def _total_stats(sources: list[dict[str, Any]]) -> dict[str, Any]:
+    splits = [stats[split] for stats in sources for split in ("train", "validation")]
+    return {
+        "documents": sum(split["documents"] for split in splits),
+        "documents_tokenized": sum(split["documents_tokenized"] for split in splits),
+        "tokens_tokenized": sum(split["tokens_tokenized"] for split in splits),
+        "packed": any(split["packed"] for split in splits),
+        "sources": sources,
+    }

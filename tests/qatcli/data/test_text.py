@@ -1,0 +1,95 @@
+"""Token streams for perplexity."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from qatcli.data import c4_windows, evaluation_windows, text_tokens
+from qatcli.errors import InputError
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> list[Any]:
+    """The hub answers with `texts`; returns the list of what it is asked."""
+    asked: list[Any] = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> Any:
+        asked.append((arguments, options))
+        return datasets.Dataset.from_dict({"text": texts})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_a_local_text_is_one_stream(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "text.raw"
+    path.write_bytes(b"a\r\n\n\n<|im_end|>\nb ")
+    tokens = text_tokens(str(path), chat_tokenizer)
+    assert (tokens.dtype, tokens.dim()) == (torch.int64, 1)
+    assert chat_tokenizer.decode(tokens) == "<s>a\r\n\n\n<|im_end|>\nb "
+
+
+def test_wikitext2_lines_are_joined(monkeypatch: pytest.MonkeyPatch, number_tokenizer: PreTrainedTokenizerFast) -> None:
+    asked = serve(monkeypatch, ["", " 1 2\n", "3"])
+    assert text_tokens("wikitext2", number_tokenizer).tolist() == [3, 4, 5]
+    assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"})]
+
+
+@pytest.mark.parametrize("source", ["c4", "nowhere.txt", "."])
+def test_unknown_text(source: str, number_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match="no such text") as caught:
+        text_tokens(source, number_tokenizer)
+    assert "wikitext2" in str(caught.value.hint)
+
+
+def test_windows_do_not_overlap() -> None:
+    tokens = torch.arange(103)
+    assert torch.equal(evaluation_windows(tokens, 10, 4), torch.arange(40).reshape(4, 10))
+    assert torch.equal(evaluation_windows(tokens, 10), torch.arange(100).reshape(10, 10))
+
+
+@pytest.mark.parametrize(("length", "windows"), [(39, 4), (9, None), (0, None)])
+def test_a_text_too_short(length: int, windows: int | None) -> None:
+    with pytest.raises(InputError, match=f"has {length} tokens") as caught:
+        evaluation_windows(torch.arange(length), 10, windows)
+    assert "seq_len" in str(caught.value.hint)
+
+
+def test_c4_repeats_the_published_draws(
+    monkeypatch: pytest.MonkeyPatch, number_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    lengths = [5, 30, 12, 10, 80]
+    texts = [" ".join(str(100 * row + position) for position in range(n)) for row, n in enumerate(lengths)]
+    asked = serve(monkeypatch, texts)
+    windows = c4_windows(number_tokenizer, 11)
+    assert asked[0][1]["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+
+    random.seed(0)  # the reference's loop, on lengths alone
+    expected = []
+    for _ in range(256):
+        while True:
+            row = random.randint(0, len(texts) - 1)
+            if lengths[row] >= 11:
+                break
+        expected.append(100 * row + random.randint(0, lengths[row] - 11 - 1) + 2)
+    assert windows.shape == (256, 11)
+    assert windows.dtype == torch.int64
+    assert windows[:, 0].tolist() == expected
+    assert (windows.diff(dim=1) == 1).all()
+
+
+def test_c4_without_a_long_document(monkeypatch: pytest.MonkeyPatch, number_tokenizer: PreTrainedTokenizerFast) -> None:
+    serve(monkeypatch, ["1 2 3"])
+    with pytest.raises(InputError, match="no C4 validation document has 11 tokens"):
+        c4_windows(number_tokenizer, 11)
+
+
+def test_a_real_file(qat_data: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = qat_data / "ppl" / "tinystories.txt"
+    assert len(text_tokens(str(path), chat_tokenizer)) == path.stat().st_size + 1
