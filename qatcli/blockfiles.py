@@ -1,0 +1,131 @@
+"""Quantized blocks on disk: one safetensors file per finished block, which is also the unit of resume.
+
+The files are shards of a packed checkpoint already; `finish` adds everything outside the blocks, the index and the
+configuration, and nothing is rewritten.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qatcli.directory import link_or_copy
+from qatcli.linear import replace_modules
+from qatcli.models.blocks import BlockModel
+from qatcli.packed import (
+    PACKED,
+    SCALE,
+    ZERO_POINT,
+    ModuleQuant,
+    QuantizedLinear,
+    companion_files,
+    module_quant,
+    pack_linear,
+    quantization_config,
+    read_config,
+    unpack_zero_point,
+    write_config,
+)
+from qatcli.recipe.schema import QuantSection
+from qatcli.shards import index_shards, load_tensors, save_tensors
+
+OUTSIDE = "model-outside-blocks.safetensors"
+
+
+def block_file(directory: Path, index: int) -> Path:
+    """Where block `index` is kept."""
+    return directory / f"model-block-{index:04d}.safetensors"
+
+
+def save_block(directory: Path, index: int, linears: dict[str, QuantizedLinear], others: dict[str, Tensor]) -> None:
+    """Write one block: its quantized linears and its other tensors (norms), by full name."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in others.items()}
+    for name, linear in linears.items():
+        packed = pack_linear(name, linear)
+        tensors.update({key: value.cpu() for key, value in packed.items()})
+    save_tensors(block_file(directory, index), tensors)
+
+
+def block_quants(model: BlockModel, index: int, quant: QuantSection) -> dict[str, ModuleQuant]:
+    """Full name -> quantization of the linears of one block that are not skipped."""
+    found = {}
+    for name, linear in model.linears(index).items():
+        choice = quant.for_module(name)
+        if choice is not None:
+            found[name] = ModuleQuant(*choice, linear.in_features, linear.out_features)
+    return found
+
+
+def read_linear(tensors: dict[str, Tensor], name: str, quant: ModuleQuant) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed codes, scale fp32 [N, G] and zero point uint8 [N, G] of one linear among a block file's tensors."""
+    zero_point = unpack_zero_point(tensors[name + ZERO_POINT], bits=quant.bits, out_features=quant.out_features)
+    return tensors[name + PACKED], tensors[name + SCALE].float(), zero_point
+
+
+def load_quantized_block(
+    directory: Path, model: BlockModel, index: int, quants: dict[str, ModuleQuant], device: torch.device
+) -> nn.Module:
+    """A block whose linears hold the dequantized weights of its file (fp32, dense), ready to run."""
+    from qat_kernels import dequantize
+
+    tensors = {name: tensor.to(device) for name, tensor in load_tensors(block_file(directory, index)).items()}
+    block = model.load_block(index, device, torch.float32)
+    prefix = model.block_name(index) + "."
+
+    def dense(name: str, linear: nn.Module) -> nn.Module:
+        quant = quants[prefix + name]
+        packed, scale, zero_point = read_linear(tensors, prefix + name, quant)
+        weight = dequantize(
+            packed,
+            scale,
+            zero_point,
+            bits=quant.bits,
+            group_size=quant.group_size,
+            in_features=quant.in_features,
+            dtype=torch.float32,
+        )
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        return linear
+
+    replace_modules(block, [name.removeprefix(prefix) for name in quants], dense)
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if not name.startswith(tuple(quants))}
+    block.load_state_dict({name: tensor.float() for name, tensor in own.items()}, strict=False, assign=True)
+    return block.eval()
+
+
+def finish(directory: Path, model: BlockModel, quant: QuantSection) -> None:
+    """Make the block files a complete packed checkpoint: the rest of the model, index, config.json, tokenizer."""
+    outside = model.outside_names()
+    save_tensors(directory / OUTSIDE, model.source.tensors(outside))
+    modules: dict[str, ModuleQuant] = {}
+    for index in range(len(model)):
+        modules.update(block_quants(model, index, quant))
+    index_shards(directory, sorted(directory.glob("model-*.safetensors")))
+    config = read_config(model.source.path)
+    config["quantization_config"] = quantization_config(
+        modules, bits=quant.bits, group_size=quant.group_size, symmetric=quant.symmetric, scale_dtype=torch.float32
+    )
+    write_config(directory, config)
+    for file in companion_files(model.source.path):
+        shutil.copyfile(file, directory / file.name)
+
+
+def adopt_blocks(source: Path, directory: Path) -> None:
+    """Bring an earlier stage's block files into this one without copying bytes where links work."""
+    for file in source.glob("model-block-*.safetensors"):
+        link_or_copy(file, directory / file.name)
+
+
+__all__ = [
+    "adopt_blocks",
+    "block_file",
+    "block_quants",
+    "finish",
+    "load_quantized_block",
+    "module_quant",
+    "read_linear",
+    "save_block",
+]

@@ -1,0 +1,187 @@
+"""The command surface of `qat`, and nothing else: options in, one line of data out, errors as sentences.
+
+stdout carries data only (the stage's directory, or with --json one object); everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qatcli import __version__
+from qatcli.errors import QatError, ResourceError, UsageError
+
+app = typer.Typer(
+    help="Turn a pretrained causal LLM into a 2-, 3- or 4-bit one (EfficientQAT), and prove that the result is good.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+STAGE_HELP = {
+    "calibrate": "Sample token windows and search the initial scales and zero points.",
+    "block-ap": "Train each block (weights, scales, zero points) against the full-precision block.",
+    "e2e-qp": "Train the scales end to end on frozen codes.",
+    "pack": "Write the dense bit-packed checkpoint that transformers loads.",
+    "eval": "Measure perplexity, divergence and size against full precision and round-to-nearest.",
+}
+
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, one YAML file.", show_default=False)]
+RunOption = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="Run directory.", show_default="runs/<recipe without .yaml>")
+]
+FromOption = Annotated[
+    str | None,
+    typer.Option("--from", metavar="DIR", help="Input instead of the predecessor's directory; - reads it from stdin."),
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a recipe key; repeatable.")
+]
+RestartOption = Annotated[bool, typer.Option("--restart", help="Make the stage again, whatever is there.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or cuda:N.", show_default="cuda if there is one")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the directory.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Print every event.")]
+
+
+def _stage_command(name: str) -> Callable[..., None]:
+    def command(
+        recipe: RecipeArgument,
+        run: RunOption = None,
+        source: FromOption = None,
+        overrides: SetOption = None,
+        restart: RestartOption = False,
+        device: DeviceOption = None,
+        as_json: JsonOption = False,
+        quiet: QuietOption = False,
+        verbose: VerboseOption = False,
+    ) -> None:
+        with _reported(f"qat {name} {recipe}"):
+            from qatcli.chain import run_one
+
+            given = sys.stdin.readline().strip() if source == "-" else source
+            if source == "-" and not given:
+                raise UsageError("--from -: standard input is empty", hint="pipe the previous stage's output into it")
+            result = run_one(
+                name,
+                recipe,
+                overrides or [],
+                run_dir=run,
+                source=Path(given) if given else None,
+                restart=restart,
+                device=device,
+                verbosity=_verbosity(quiet, verbose),
+            )
+            typer.echo(json.dumps(result) if as_json else result["path"])
+
+    return command
+
+
+for _name, _help in STAGE_HELP.items():
+    app.command(_name, help=_help)(_stage_command(_name))
+
+
+@app.command("run")
+def run_chain(
+    recipe: RecipeArgument,
+    run: RunOption = None,
+    overrides: SetOption = None,
+    restart: RestartOption = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run the whole chain, continuing wherever it stopped."""
+    with _reported(f"qat run {recipe}"):
+        from qatcli.chain import run_all
+
+        result = run_all(
+            recipe,
+            overrides or [],
+            run_dir=run,
+            restart=restart,
+            device=device,
+            verbosity=_verbosity(quiet, verbose),
+        )
+        typer.echo(json.dumps(result) if as_json else result["path"])
+
+
+@app.command("inspect")
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A stage directory.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a stage directory is, and verify the digest of every file."""
+    with _reported(f"qat inspect {directory}"):
+        from qatcli.chain import describe
+
+        typer.echo(describe(directory, as_json=as_json))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"qat {__version__}")
+        raise typer.Exit
+
+
+@contextmanager
+def _reported(command: str) -> Iterator[None]:
+    """Turn failures into `error:` and `hint:` on stderr and the exit code of the contract."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except QatError as error:
+        _fail(error)
+    except (KeyboardInterrupt, BrokenPipeError):
+        typer.echo(f"\ninterrupted; continue with `{command}` and the same options", err=True)
+        raise typer.Exit(130) from None
+    except MemoryError as error:
+        _fail(ResourceError(f"out of memory: {error}", hint=SMALLER))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES):
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        _fail(ResourceError(f"cannot write{place}: {os.strerror(error.errno)}", hint="choose another --run directory"))
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        _fail(ResourceError(f"out of memory: {str(error).splitlines()[0]}", hint=SMALLER))
+
+
+SMALLER = "lower batch_size or micro_batch_size, seq_len, or block_ap.cache.host_gb; the run continues where it stopped"
+
+
+def _interrupt(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(error: QatError) -> None:
+    typer.echo(f"error: {error.message}", err=True)
+    if error.hint:
+        typer.echo(f"\nhint: {error.hint}", err=True)
+    raise typer.Exit(error.exit_code)
+
+
+def _verbosity(quiet: bool, verbose: bool) -> int:
+    return -1 if quiet else int(verbose)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

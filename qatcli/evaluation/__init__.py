@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, divergence from full precision, text samples."""

@@ -1,0 +1,59 @@
+"""The models that are measured side by side, each loaded only while it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from qat_kernels import dequantize, pack, quantize
+from torch import nn
+
+from qatcli.grid import initial_grid
+from qatcli.hf import load_packed
+from qatcli.models.source import ModelSource
+from qatcli.recipe.schema import QuantSection
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A name for tables and how to load the model."""
+
+    name: str
+    load: Callable[[], Any]
+
+
+def full_precision(source: ModelSource, device: torch.device) -> Candidate:
+    """The recipe's model, in the dtype of its checkpoint."""
+    return Candidate("full_precision", lambda: source.load_model("auto", device))
+
+
+def round_to_nearest(source: ModelSource, quant: QuantSection, device: torch.device) -> Candidate:
+    """The model rounded to asymmetric min-max grids at the recipe's bits and groups: what no calibration gives."""
+
+    def load() -> Any:
+        model = source.load_model(torch.float32, device)
+        for name, module in model.named_modules():
+            choice = quant.for_module(name) if isinstance(module, nn.Linear) else None
+            if choice is not None:
+                module.weight.data = _rounded(module.weight.data, *choice, symmetric=quant.symmetric)
+        return model
+
+    return Candidate("round_to_nearest", load)
+
+
+def packed(name: str, path: Path, device: torch.device, *, trust_remote_code: bool = False) -> Candidate:
+    """A packed checkpoint of any stage."""
+    return Candidate(
+        name, lambda: load_packed(path, dtype="auto", device=device, trust_remote_code=trust_remote_code)
+    )
+
+
+def _rounded(weight: torch.Tensor, bits: int, group_size: int, *, symmetric: bool) -> torch.Tensor:
+    grid = {"bits": bits, "group_size": group_size}
+    scale, zero_point = initial_grid(weight, **grid, symmetric=symmetric, method="minmax")
+    codes = pack(quantize(weight, scale, zero_point, **grid), bits=bits)
+    columns = weight.shape[1]
+    return dequantize(codes, scale, zero_point.to(torch.uint8), **grid, in_features=columns, dtype=weight.dtype)

@@ -1,0 +1,68 @@
+"""Perplexity and divergence from full precision over fixed windows of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qatcli.training import autocast
+
+DIVERGENCE_WINDOWS = 8  # at most; each costs a second forward pass of the full-precision model
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Next-token distributions against full precision: mean and 99th percentile of KL (nats), share of equal top-1."""
+
+    mean_kl: float
+    kl_99: float
+    top1_agreement: float
+    tokens: int
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any,
+    windows: Tensor,
+    *,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int], None] = lambda count: None,
+) -> float:
+    """exp of the mean negative log-likelihood over `windows` int [W, T], each scored on its own (T - 1 predictions).
+
+    The mean is over windows of mean NLL, as in the paper's protocol; all windows have the same length.
+    """
+    total = 0.0
+    for batch in windows.split(batch_size):
+        logits = _logits(model, batch, device, dtype)
+        targets = batch[:, 1:].to(device, torch.long)
+        for row, target in zip(logits, targets, strict=True):  # row by row: fp32 logits of one window at a time
+            total += float(F.cross_entropy(row[:-1].float(), target))
+        progress(len(batch))
+    return math.exp(total / len(windows))
+
+
+@torch.no_grad()
+def divergence(model: Any, reference: Any, windows: Tensor, *, device: torch.device, dtype: torch.dtype) -> Divergence:
+    """Divergence of `model` from `reference` on the first windows of int [W, T]."""
+    losses, agreed = [], 0
+    for window in windows[:DIVERGENCE_WINDOWS]:
+        ours = F.log_softmax(_logits(model, window[None], device, dtype)[0].float(), dim=-1)
+        theirs = F.log_softmax(_logits(reference, window[None], device, dtype)[0].float(), dim=-1)
+        losses.append(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).cpu())
+        agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    kl = torch.cat(losses)
+    return Divergence(float(kl.mean()), float(kl.quantile(0.99)), agreed / len(kl), len(kl))
+
+
+def _logits(model: Any, batch: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with autocast(device, dtype):
+        return model(input_ids=batch.to(device, torch.long), use_cache=False).logits

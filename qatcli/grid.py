@@ -1,0 +1,120 @@
+"""Initial quantization grids: one scale and one zero point per group of weights.
+
+All methods return scale fp32 [N, G] and zero_point fp32 [N, G] holding integers in [0, 2^bits - 1].
+`minmax` is the paper's start; `weighted` is the default: at 2 and 3 bits the range of a group says little about the
+step size that loses least, and inputs of unequal power make some columns matter more than others.
+"""
+
+from __future__ import annotations
+
+import torch
+from qat_kernels import quantize
+from torch import Tensor
+
+METHODS = ("minmax", "absmax", "percentile", "mse", "weighted")
+SCALE_MIN, SCALE_MAX = 1e-4, 1e4
+SHRINK = tuple(1.0 - 0.02 * i for i in range(35))  # fractions of the min-max range that the searches try
+REFINEMENTS = 3  # alternations of least-squares scale and nearest codes after the search
+
+
+@torch.no_grad()
+def initial_grid(
+    weight: Tensor, *, bits: int, group_size: int, symmetric: bool, method: str, moment: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point for `weight` [N, K].
+
+    `moment` [K] is the mean square of each input; only `weighted` uses it (ones when None).
+    `symmetric` fixes every zero point at 2^(bits-1).
+    """
+    groups = grouped(weight.float(), group_size)
+    if method in ("mse", "weighted"):
+        importance = torch.ones(weight.shape[1]) if moment is None or method == "mse" else moment.float()
+        importance = grouped(importance.to(weight.device).clamp_min(1e-12)[None], group_size)
+        return search_grid(groups, importance, bits=bits, symmetric=symmetric)
+    low, high = _range(groups, method)
+    if symmetric or method == "absmax":
+        return _symmetric(torch.maximum(-low, high), bits)
+    return _asymmetric(low, high, bits)
+
+
+def search_grid(groups: Tensor, importance: Tensor, *, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The grid that minimizes sum(importance * (w - w_hat)^2) per group, by search and least squares.
+
+    groups [N, G, g]; importance [1 or N, G, g], positive. Candidates are shrunken min-max ranges with the zero point
+    moved by one either way; the best then alternates between least-squares scale and nearest codes.
+    """
+    qmax = 2**bits - 1
+    low, high = _range(groups, "minmax")
+    offsets = (0,) if symmetric else (-1, 0, 1)
+    best = torch.full_like(low, torch.inf)
+    best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
+    for shrink in SHRINK:
+        if symmetric:
+            scale, zero = _symmetric(torch.maximum(-low, high) * shrink, bits)
+        else:
+            scale = ((high - low) * shrink / qmax).clamp(SCALE_MIN, SCALE_MAX)
+            zero = (qmax / 2 - (high + low) / 2 / scale).round()
+        for offset in offsets:
+            candidate = (zero + offset).clamp(0, qmax)
+            error = _error(groups, scale, candidate, importance, qmax)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, candidate, best_zero)
+    for _ in range(REFINEMENTS):
+        level = _levels(groups, best_scale, best_zero, qmax)
+        power = (importance * level * level).sum(-1)
+        scale = ((importance * level * groups).sum(-1) / power.clamp_min(1e-20)).clamp(SCALE_MIN, SCALE_MAX)
+        error = _error(groups, scale, best_zero, importance, qmax)
+        better = (error < best) & (power > 0)
+        best, best_scale = torch.where(better, error, best), torch.where(better, scale, best_scale)
+    return best_scale, best_zero
+
+
+@torch.no_grad()
+def relative_error(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, group_size: int, moment: Tensor | None = None
+) -> float:
+    """Energy of the quantization error over energy of the weight, columns weighted by `moment` [K] when given."""
+    codes = quantize(weight, scale, zero_point, bits=bits, group_size=group_size)
+    step = grouped(codes.float(), group_size) - zero_point[..., None]
+    error = weight.float() - (step * scale[..., None]).reshape(weight.shape)
+    power = torch.ones(weight.shape[1]) if moment is None else moment.float()
+    power = power.to(weight.device)
+    return float((error.square() * power).sum() / (weight.float().square() * power).sum().clamp_min(1e-20))
+
+
+def grouped(weight: Tensor, group_size: int) -> Tensor:
+    """View [N, K] as [N, G, g]."""
+    rows, columns = weight.shape
+    return weight.reshape(rows, -1, columns if group_size < 0 else group_size)
+
+
+def _range(groups: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    if method == "percentile":  # drop the outermost 0.5 % on each side, at least nothing
+        tail = torch.tensor([0.005, 0.995], device=groups.device)
+        low, high = torch.quantile(groups, tail, dim=-1)
+    else:
+        low, high = groups.amin(-1), groups.amax(-1)
+    return low, high
+
+
+def _asymmetric(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    qmax = 2**bits - 1
+    scale = ((high - low) / qmax).clamp(SCALE_MIN, SCALE_MAX)
+    # The reference leaves zero points of one-sided groups outside [0, qmax] and corrupts its packing; we clamp.
+    return scale, (-low / scale).round().clamp(0, qmax)
+
+
+def _symmetric(bound: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    scale = (bound / (2 ** (bits - 1) - 0.5)).clamp(SCALE_MIN, SCALE_MAX)
+    return scale, torch.full_like(scale, 2 ** (bits - 1))
+
+
+def _levels(groups: Tensor, scale: Tensor, zero: Tensor, qmax: int) -> Tensor:
+    zero = zero[..., None]
+    return ((groups / scale[..., None]).round_().add_(zero)).clamp_(0, qmax).sub_(zero)
+
+
+def _error(groups: Tensor, scale: Tensor, zero: Tensor, importance: Tensor, qmax: int) -> Tensor:
+    error = _levels(groups, scale, zero, qmax).mul_(scale[..., None]).sub_(groups)
+    return error.square_().mul_(importance).sum(-1)

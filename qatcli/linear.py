@@ -1,0 +1,111 @@
+"""The two linears of quantized models: one that trains through fake quantization, one that runs packed codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from qat_kernels import fake_quant, quantize, quantized_matmul
+from torch import Tensor, nn
+
+from qatcli.packed import ModuleQuant, QuantizedLinear, unpack_zero_point
+
+
+class FakeQuantLinear(nn.Module):
+    """A linear whose weight, scale and zero point train together through straight-through estimators (Block-AP).
+
+    weight [N, K], scale [N, G] and zero_point [N, G] are fp32 parameters.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, scale: Tensor, zero_point: Tensor, *, bits: int, group_size: int
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.scale = nn.Parameter(scale)
+        self.zero_point = nn.Parameter(zero_point)
+        self.bits = bits
+        self.group_size = group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = _autocast_dtype(x) or self.weight.dtype
+        weight = fake_quant(
+            self.weight, self.scale, self.zero_point, bits=self.bits, group_size=self.group_size, out_dtype=dtype
+        )
+        return F.linear(x, weight, self.bias)
+
+    @torch.no_grad()
+    def export(self) -> QuantizedLinear:
+        """The canonical form: the codes and the integer zero points that `forward` used."""
+        qmax = 2**self.bits - 1
+        scale = self.scale.clamp(1e-4, 1e4)
+        return QuantizedLinear(
+            codes=quantize(self.weight, self.scale, self.zero_point, bits=self.bits, group_size=self.group_size),
+            scale=scale,
+            zero_point=self.zero_point.round().clamp(0, qmax).to(torch.uint8),
+            bits=self.bits,
+            group_size=self.group_size,
+            bias=None if self.bias is None else self.bias.detach(),
+        )
+
+
+class PackedLinear(nn.Module):
+    """A linear on packed codes; only the scale can train (E2E-QP). Tensor names and layouts: `qatcli.packed`."""
+
+    def __init__(self, quant: ModuleQuant, *, bias: bool, scale_dtype: torch.dtype, dtype: torch.dtype) -> None:
+        super().__init__()
+        groups = 1 if quant.group_size < 0 else quant.in_features // quant.group_size
+        words = _words(quant.in_features, quant.bits)
+        self.quant = quant
+        self.register_buffer("weight_packed", torch.zeros(quant.out_features, words, dtype=torch.int32))
+        zero_words = _words(quant.out_features, quant.bits)
+        self.register_buffer("weight_zero_point", torch.zeros(zero_words, groups, dtype=torch.int32))
+        scale = torch.zeros(quant.out_features, groups, dtype=scale_dtype)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(quant.out_features, dtype=dtype), requires_grad=False) if bias else None
+        self._unpacked_zero_point: Tensor | None = None
+
+    @property
+    def zero_point(self) -> Tensor:
+        """Zero points uint8 [N, G], unpacked once."""
+        cached = self._unpacked_zero_point
+        if cached is None or cached.device != self.weight_zero_point.device:
+            cached = unpack_zero_point(
+                self.weight_zero_point, bits=self.quant.bits, out_features=self.quant.out_features
+            )
+            self._unpacked_zero_point = cached
+        return cached
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quantized_matmul(
+            x.to(_autocast_dtype(x) or x.dtype),
+            self.weight_packed,
+            self.weight_scale,
+            self.zero_point,
+            bits=self.quant.bits,
+            group_size=self.quant.group_size,
+            bias=self.bias,
+        )
+
+    def extra_repr(self) -> str:
+        q = self.quant
+        return f"in={q.in_features}, out={q.out_features}, bits={q.bits}, group_size={q.group_size}"
+
+
+def replace_modules(root: nn.Module, names: list[str], build: Callable[[str, nn.Module], nn.Module]) -> None:
+    """Put `build(name, module)` in the place of each named submodule."""
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        setattr(root.get_submodule(parent), leaf, build(name, root.get_submodule(name)))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The compute dtype of an enclosing autocast, or None."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _words(values: int, bits: int) -> int:
+    return -(-values * bits // 32)

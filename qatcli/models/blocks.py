@@ -1,0 +1,158 @@
+"""The decoder blocks of any Hugging Face causal LM: found by structure, loaded and run one at a time.
+
+Only the embeddings (and whatever else stands outside the blocks) are ever resident together with one block.
+What each block receives besides the hidden states (position embeddings, masks, per-layer variants of them) is
+recorded from the model's own forward pass, so no family needs code of ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qatcli.errors import InputError
+from qatcli.models.source import ModelSource
+
+
+@dataclass(frozen=True)
+class BlockModel:
+    """A model whose decoder blocks are on the meta device and are materialized one at a time."""
+
+    source: ModelSource
+    skeleton: nn.Module
+    prefix: str  # name of the block list, e.g. "model.layers"
+
+    def __len__(self) -> int:
+        return len(self._blocks())
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """Full name -> linear of one block (on meta)."""
+        modules = self._blocks()[index].named_modules()
+        return {f"{self.block_name(index)}.{name}": m for name, m in modules if isinstance(m, nn.Linear)}
+
+    def block_name(self, index: int) -> str:
+        """Full module name of one block."""
+        return f"{self.prefix}.{index}"
+
+    def load_block(self, index: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """A fresh copy of one block with its full-precision weights."""
+        block = copy.deepcopy(self._blocks()[index])
+        prefix = self.block_name(index) + "."
+        tensors = self.source.tensors(prefix + name for name in block.state_dict())
+        state = {name.removeprefix(prefix): tensor.to(device, dtype) for name, tensor in tensors.items()}
+        block.load_state_dict(state, assign=True)
+        return block.to(device).eval()
+
+    def outside_names(self) -> list[str]:
+        """Names of the checkpoint's tensors that belong to no block."""
+        return [name for name in self.source.shards if not name.startswith(self.prefix + ".")]
+
+    @torch.no_grad()
+    def first_inputs(self, windows: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Hidden states [1, T, H] that the first block receives, window by window. `windows` is int [S, T]."""
+        with self._prelude(device, dtype) as (base, record):
+            for window in windows:
+                base(input_ids=window[None].to(device, torch.long), use_cache=False)
+                yield record.hidden
+
+    @torch.no_grad()
+    def block_arguments(self, seq_len: int, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+        """Per block, the keyword arguments that the model passes along with hidden states of length `seq_len`."""
+        with self._prelude(device, dtype) as (base, record):
+            base(input_ids=torch.zeros(1, seq_len, dtype=torch.long, device=device), use_cache=False)
+            return [record.arguments[i] for i in range(len(self))]
+
+    def _blocks(self) -> nn.ModuleList:
+        return self.skeleton.get_submodule(self.prefix)  # type: ignore[return-value]
+
+    @contextmanager
+    def _prelude(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[nn.Module, _Record]]:
+        """The base model with everything but the blocks loaded and the blocks replaced by recorders."""
+        base = self.skeleton.base_model
+        record = _Record()
+        blocks = self._blocks()
+        head = self.skeleton.get_output_embeddings()
+        head_names = {id(p) for p in head.parameters()} if head is not None else set()
+        embeddings = self.skeleton.get_input_embeddings()
+        for index, block in enumerate(blocks):
+            block.forward = record.forward_of(index)
+        try:
+            for name, parameter in list(self.skeleton.named_parameters()):
+                tied = parameter is getattr(embeddings, "weight", None)
+                if name.startswith(self.prefix + ".") or (id(parameter) in head_names and not tied):
+                    continue
+                value = self.source.tensors([name])[name].to(device, dtype)
+                _set_parameter(self.skeleton, name, value)
+            for module in base.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.to(device))
+            yield base, record
+        finally:
+            for block in blocks:
+                del block.forward
+            for name, parameter in list(self.skeleton.named_parameters()):
+                if not name.startswith(self.prefix + ".") and not parameter.is_meta:
+                    _set_parameter(self.skeleton, name, torch.empty_like(parameter, device="meta"))
+
+
+class _Record:
+    """Stands in for the blocks during a forward pass and keeps what they were given."""
+
+    def __init__(self) -> None:
+        self.hidden: Tensor = torch.empty(0)
+        self.arguments: dict[int, dict[str, Any]] = {}
+
+    def forward_of(self, index: int) -> Any:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args:
+                raise InputError(f"block {index} takes positional arguments besides the hidden states; unsupported model")
+            if index == 0:
+                self.hidden = hidden_states
+            self.arguments[index] = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
+            return hidden_states
+
+        return forward
+
+
+def open_blocks(source: ModelSource) -> BlockModel:
+    """Build the skeleton on meta and find its decoder blocks.
+
+    InputError when no ModuleList has as many entries as the config has hidden layers.
+    """
+    config = source.config()
+    with init_empty_weights(include_buffers=False):
+        skeleton = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=source.trust_remote_code, attn_implementation="sdpa"
+        )
+    skeleton.tie_weights()
+    layers = config.get_text_config().num_hidden_layers
+    candidates = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    }
+    if not candidates:
+        raise InputError(
+            f"{source.path}: no list of {layers} decoder blocks in {type(skeleton).__name__}",
+            hint="qat quantizes decoder-only models whose blocks stand in one list",
+        )
+    return BlockModel(source, skeleton.eval(), max(candidates, key=lambda name: candidates[name]))
+
+
+def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """One block's output hidden states [B, T, H]."""
+    output = block(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))

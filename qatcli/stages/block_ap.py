@@ -1,0 +1,161 @@
+"""block-ap: train the weights, scales and zero points of one block at a time (EfficientQAT, arXiv 2407.11062, 3.2).
+
+Reads:  calibration (token windows, initial grids) and the full-precision model, one block at a time.
+Writes: a packed checkpoint with fp32 scales. One file per finished block, which is all that an interrupted run keeps:
+        the activations are recomputed by one forward sweep, exactly as they were.
+Targets are the full-precision block's outputs on full-precision inputs; the student receives the outputs of the
+blocks already quantized.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qatcli.activations import StreamBudget, advance_stream, fill_stream, stream_budget
+from qatcli.blockfiles import block_file, block_quants, finish, load_quantized_block, read_linear, save_block
+from qatcli.blocktrain import BlockResult, Windows, build_student, export_students, input_hessians, train_block
+from qatcli.errors import InputError
+from qatcli.models.blocks import BlockModel, open_blocks
+from qatcli.models.source import open_source
+from qatcli.packed import ModuleQuant
+from qatcli.shards import load_tensors
+from qatcli.stages import Job
+from qatcli.stages.calibrate import WINDOWS
+from qatcli.training import compute_dtype
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Hidden states [S, T, H] before the current block: full precision, and as the quantized model computes them."""
+
+    target: Tensor
+    student: Tensor
+
+
+def run(job: Job) -> dict[str, Any]:
+    recipe, config, log = job.recipe, job.recipe.block_ap, job.log
+    source = open_source(**recipe.model.model_dump())
+    _check_same_model(job, source.fingerprint)
+    model = open_blocks(source)
+    dtype = compute_dtype(config.amp, job.device)
+    windows = load_tensors(job.input.path / WINDOWS)
+    scratch = job.out / "activations"
+    budget = stream_budget(config.cache.host_gb, scratch)
+    train = _open_streams(job, model, "train", windows["train"], budget, dtype)
+    held_out = _open_streams(job, model, "validation", windows["validation"], budget, dtype)
+    arguments = model.block_arguments(windows["train"].shape[1], job.device, torch.float32)
+    results: list[dict[str, Any]] = []
+
+    with log.progress("block-ap", len(model)) as bar:
+        for index in range(len(model)):
+            quants = block_quants(model, index, recipe.quant)
+            # The full-precision stream moves on first: its new state is this block's target.
+            block = model.load_block(index, job.device, torch.float32)
+            for streams in (train, held_out):
+                advance_stream(
+                    streams.target, block, arguments[index], batch_size=config.batch_size, device=job.device
+                )
+            if not block_file(job.out, index).is_file():
+                result = _train(job, model, index, block, quants, train, held_out, arguments[index])
+                results.append(result)
+                detail = f"loss {result['before']:.4g} -> {result['after']:.4g}"
+            else:
+                detail = "kept from the interrupted run"
+            # Through the saved file, so that a resumed run sees the very same numbers.
+            quantized = load_quantized_block(job.out, model, index, quants, job.device)
+            for streams in (train, held_out):
+                advance_stream(
+                    streams.student, quantized, arguments[index], batch_size=config.batch_size, device=job.device
+                )
+            bar.advance(detail=detail)
+    finish(job.out, model, recipe.quant)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return _metrics(job)
+
+
+def _train(
+    job: Job,
+    model: BlockModel,
+    index: int,
+    block: torch.nn.Module,
+    quants: dict[str, ModuleQuant],
+    train: _Streams,
+    held_out: _Streams,
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    """Train and save block `index`; the event that log.jsonl keeps about it."""
+    recipe, config = job.recipe, job.recipe.block_ap
+    started = time.monotonic()
+    prefix = model.block_name(index)
+    initial = load_tensors(block_file(job.input.path, index))
+    grids = {}
+    for name, quant in quants.items():
+        _, scale, zero_point = read_linear(initial, name, quant)
+        grids[name] = (scale.to(job.device), zero_point.float().to(job.device))
+    hessians = None
+    if config.rounding == "gptq":
+        sample = train.student[: recipe.calibrate.moment_samples or len(train.student)]
+        hessians = input_hessians(block, prefix, list(quants), sample, arguments, job.device)
+    students = build_student(block, prefix, quants, grids, symmetric=recipe.quant.symmetric, hessians=hessians)
+    result: BlockResult = train_block(
+        block,
+        students,
+        Windows(train.student, train.target),
+        Windows(held_out.student, held_out.target),
+        arguments,
+        config,
+        symmetric=recipe.quant.symmetric,
+        generator=torch.Generator().manual_seed(recipe.calibrate.seed * 1_000_003 + index),
+        device=job.device,
+    )
+    others = {f"{prefix}.{n}": p for n, p in block.named_parameters() if f"{prefix}.{n.rpartition('.')[0]}" not in quants}
+    save_block(job.out, index, export_students(students), others)
+    event = {"index": index, **asdict(result), "seconds": round(time.monotonic() - started, 3)}
+    job.log.event("block", **event)
+    if result.backoffs:
+        job.log.warn(f"block {index}: non-finite loss or gradient {result.backoffs} times; best iterate kept")
+    return event
+
+
+def _open_streams(
+    job: Job, model: BlockModel, name: str, windows: Tensor, budget: StreamBudget, dtype: torch.dtype
+) -> _Streams:
+    hidden = model.source.config().get_text_config().hidden_size
+    shape = (*windows.shape, hidden)
+    target = budget.allocate(f"{name}-target", shape, dtype)
+    student = budget.allocate(f"{name}-student", shape, dtype)
+    fill_stream(target, model, windows, job.device, dtype)
+    student.copy_(target)
+    return _Streams(target, student)
+
+
+def _check_same_model(job: Job, fingerprint: str) -> None:
+    expected = job.input.facts["metrics"]["model_fingerprint"]
+    if expected != fingerprint:
+        raise InputError(
+            f"{job.input.path} was calibrated on another model than model.source {job.recipe.model.source}",
+            hint="run `qat calibrate` again with this model, or point model.source at the one it was made from",
+        )
+
+
+def _metrics(job: Job) -> dict[str, Any]:
+    """Summary of all blocks, those of earlier interrupted runs included, from the log."""
+    import json
+
+    blocks: dict[int, dict[str, Any]] = {}
+    for line in (job.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        if event["event"] == "block":
+            blocks[event["index"]] = event
+    rows = [blocks[index] for index in sorted(blocks)]
+    return {
+        "blocks": [{key: row[key] for key in ("index", "before", "after", "epochs", "backoffs", "seconds")} for row in rows],
+        "loss_before": sum(row["before"] for row in rows) / len(rows),
+        "loss_after": sum(row["after"] for row in rows) / len(rows),
+    }

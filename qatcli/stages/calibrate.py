@@ -1,0 +1,149 @@
+"""calibrate: sample token windows, search initial scales and zero points, measure each layer's error.
+
+Reads:  the recipe's model and text.
+Writes: windows.safetensors {train int32 [S, T], validation int32 [V, T]} and a packed checkpoint of the weights rounded
+        to the initial grids: the start of block-ap, and through `qat pack` a post-training quantized model.
+Left out on purpose: rounding with error feedback (GPTQ). It needs inputs of already quantized blocks, which only
+        block-ap has; `block_ap: {epochs: 0, rounding: gptq}` is GPTQ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from qat_kernels import quantize
+from torch import Tensor, nn
+
+from qatcli.activations import advance_stream, fill_stream, stream_budget
+from qatcli.blockfiles import block_file, block_quants, finish, save_block
+from qatcli.data import sample_windows
+from qatcli.grid import initial_grid, relative_error
+from qatcli.models.blocks import BlockModel, open_blocks
+from qatcli.models.source import open_source
+from qatcli.packed import ModuleQuant, QuantizedLinear
+from qatcli.recipe import check_group_sizes
+from qatcli.recipe.schema import QuantSection
+from qatcli.shards import load_tensors, save_tensors
+from qatcli.stages import Job
+from qatcli.training import compute_dtype
+
+WINDOWS = "windows.safetensors"
+WORST = 10  # layers that the metrics list by name
+
+
+def run(job: Job) -> dict[str, Any]:
+    recipe, log = job.recipe, job.log
+    config = recipe.calibrate
+    source = open_source(**recipe.model.model_dump())
+    model = open_blocks(source)
+    quants = [block_quants(model, index, recipe.quant) for index in range(len(model))]
+    check_group_sizes(recipe, {name: q.in_features for block in quants for name, q in block.items()})
+
+    if not (job.out / WINDOWS).is_file():
+        windows = sample_windows(
+            config.data,
+            source.tokenizer(),
+            samples=config.samples,
+            validation_samples=config.validation_samples,
+            seq_len=config.seq_len,
+            seed=config.seed,
+        )
+        (job.out / "data.json").write_text(json.dumps({"digest": windows.digest, **windows.stats}, indent=2) + "\n")
+        save_tensors(job.out / WINDOWS, {"train": torch.as_tensor(windows.train), "validation": torch.as_tensor(windows.validation)})
+    train = load_tensors(job.out / WINDOWS)["train"]
+
+    errors: dict[str, float] = {}
+    with log.progress("calibrate", len(model)) as bar:
+        for index, block, moments in _blocks_with_moments(job, model, train[: config.moment_samples]):
+            errors |= _round_block(job, model, index, block, quants[index], moments, recipe.quant)
+            block_errors = [errors[name] for name in quants[index]]
+            bar.advance(detail=f"relative error {sum(block_errors) / max(1, len(block_errors)):.4f}")
+    finish(job.out, model, recipe.quant)
+    (job.out / "layer-errors.json").write_text(json.dumps(errors, indent=2) + "\n")
+    worst = sorted(errors, key=lambda name: errors[name], reverse=True)[:WORST]
+    data = json.loads((job.out / "data.json").read_text())
+    return {
+        "relative_error": sum(errors.values()) / max(1, len(errors)),
+        "worst_layers": {name: errors[name] for name in worst},
+        "windows": len(train),
+        "data_digest": data["digest"],
+        "model_fingerprint": source.fingerprint,
+    }
+
+
+def _blocks_with_moments(job: Job, model: BlockModel, windows: Tensor) -> Any:
+    """Each full-precision block with the mean square of every linear's inputs, {name: [K]}; empty without windows."""
+    dtype = compute_dtype(job.recipe.block_ap.amp, job.device)
+    cache = job.recipe.block_ap.cache
+    scratch = job.out / "scratch"
+    stream = torch.empty(0)
+    arguments: list[dict[str, Any]] = []
+    if len(windows):
+        budget = stream_budget(cache.host_gb, job.out.parent / "scratch" if cache.dir is None else scratch)
+        hidden = model.source.config().get_text_config().hidden_size
+        stream = budget.allocate("calibrate", (*windows.shape, hidden), dtype)
+        fill_stream(stream, model, windows, job.device, dtype)
+        arguments = model.block_arguments(windows.shape[1], job.device, torch.float32)
+    for index in range(len(model)):
+        block = model.load_block(index, job.device, torch.float32)
+        moments: dict[str, Tensor] = {}
+        if len(windows):
+            with _moment_hooks(block, model.block_name(index), moments):
+                advance_stream(stream, block, arguments[index], batch_size=4, device=job.device)
+            tokens = windows.numel()
+            moments = {name: total / tokens for name, total in moments.items()}
+        yield index, block, moments
+
+
+class _moment_hooks:
+    """Sum the squares of every linear's inputs over a forward pass."""
+
+    def __init__(self, block: nn.Module, prefix: str, sums: dict[str, Tensor]) -> None:
+        self._linears = [(f"{prefix}.{n}", m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+        self._sums = sums
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._handles = [m.register_forward_pre_hook(self._collect(name)) for name, m in self._linears]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _collect(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            power = args[0].float().square().flatten(0, -2).sum(0)
+            self._sums[name] = self._sums[name] + power if name in self._sums else power
+
+        return hook
+
+
+def _round_block(
+    job: Job,
+    model: BlockModel,
+    index: int,
+    block: nn.Module,
+    quants: dict[str, ModuleQuant],
+    moments: dict[str, Tensor],
+    quant: QuantSection,
+) -> dict[str, float]:
+    """Round one block's linears to their initial grids, save it, and return each one's relative error."""
+    prefix = model.block_name(index) + "."
+    linears: dict[str, QuantizedLinear] = {}
+    errors: dict[str, float] = {}
+    for name, q in quants.items():
+        linear = block.get_submodule(name.removeprefix(prefix))
+        weight, shape = linear.weight.detach(), {"bits": q.bits, "group_size": q.group_size}
+        moment = moments.get(name)
+        scale, zero_point = initial_grid(weight, **shape, symmetric=quant.symmetric, method=quant.init, moment=moment)
+        codes = quantize(weight, scale, zero_point, **shape)
+        linears[name] = QuantizedLinear(codes, scale, zero_point.to(torch.uint8), **shape, bias=linear.bias)
+        errors[name] = relative_error(weight, scale, zero_point, **shape, moment=moment)
+    if not block_file(job.out, index).is_file():
+        others = {prefix + n: t for n, t in block.state_dict().items() if not (prefix + n).startswith(tuple(quants))}
+        save_block(job.out, index, linears, others)
+    job.log.event("block", index=index, relative_error=errors)
+    return errors

@@ -1,0 +1,68 @@
+"""pack: the checkpoint that is published: half-precision scales, Hugging Face shards, nothing else in the directory.
+
+Reads:  quantized (block-ap or e2e-qp) or calibration.
+Writes: packed. Loads with `import qatcli; AutoModelForCausalLM.from_pretrained(dir)`.
+Codes and zero points are copied bit for bit; only the stored precision of scales and of what is not quantized changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from typing import Any
+
+import torch
+
+from qatcli.errors import VerificationError
+from qatcli.packed import PACKED, SCALE, ZERO_POINT, PackedCheckpoint, write_config
+from qatcli.shards import ShardWriter
+from qatcli.sizes import bits_per_weight
+from qatcli.stages import Job
+
+
+def run(job: Job) -> dict[str, Any]:
+    checkpoint = PackedCheckpoint.open(job.input.path)
+    config = copy.deepcopy(checkpoint.config)
+    scale_dtype = getattr(torch, job.recipe.pack.scale_dtype)
+    kept = {name + suffix for name in checkpoint.modules for suffix in (PACKED, ZERO_POINT)}
+    scales = {name + SCALE for name in checkpoint.modules}
+    dense_dtype = _dense_dtype(job.recipe.pack.dtype, config)
+    writer = ShardWriter(job.out)
+    largest = 0.0
+    with job.log.progress("pack", len(checkpoint.shards)) as bar:
+        for name in checkpoint.shards:
+            tensor = checkpoint.tensor(name)
+            if name in scales:
+                rounded = tensor.to(scale_dtype)
+                largest = max(largest, float(((rounded.float() - tensor) / tensor).abs().max()))
+                _check_finite(name, rounded)
+                tensor = rounded
+            elif name not in kept and tensor.is_floating_point() and dense_dtype is not None:
+                _check_finite(name, tensor.to(dense_dtype))
+                tensor = tensor.to(dense_dtype)
+            writer.add(name, tensor)
+            bar.advance()
+    writer.close()
+    config["quantization_config"]["scale_dtype"] = job.recipe.pack.scale_dtype
+    write_config(job.out, config)
+    for file in checkpoint.companion_files():
+        shutil.copyfile(file, job.out / file.name)
+    return {"largest_relative_scale_rounding": largest, **bits_per_weight(PackedCheckpoint.open(job.out))}
+
+
+def _dense_dtype(choice: str, config: dict[str, Any]) -> torch.dtype | None:
+    """Stored type of what is not quantized; fp32 sources are published in fp16, which keeps more of them than bf16."""
+    if choice != "auto":
+        return getattr(torch, choice)
+    source = config.get("dtype") or config.get("torch_dtype")
+    return torch.float16 if source in (None, "float32") else None
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise VerificationError(
+            f"{name} does not fit {str(tensor.dtype).removeprefix('torch.')}",
+            hint="set pack.scale_dtype or pack.dtype to float32",
+        )
+
+

@@ -1,0 +1,250 @@
+"""The whole chain through the real command, on a tiny Llama: files, streams, exit codes, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes" / "smoke" / "w2g32.yaml"
+QUANTIZED_FILES = {
+    "config.json",
+    "generation_config.json",
+    "log.jsonl",
+    "model-block-0000.safetensors",
+    "model-block-0001.safetensors",
+    "model-block-0002.safetensors",
+    "model-outside-blocks.safetensors",
+    "model.safetensors.index.json",
+    "stage.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def qat(*arguments: str | Path, env: dict[str, str], stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qatcli", *map(str, arguments)]
+    return subprocess.run(command, env=env, input=stdin, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="session")
+def smoke_env(tiny_llama: Path, tiny_text: Path) -> dict[str, str]:
+    return {**os.environ, "QAT_SMOKE_MODEL": str(tiny_llama), "QAT_SMOKE_TEXT": str(tiny_text), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def finished_run(smoke_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A finished `qat run` and the JSON object it printed."""
+    run = tmp_path_factory.mktemp("runs") / "smoke"
+    done = qat("run", RECIPE, "--run", run, "--json", env=smoke_env)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1, "stdout carries data only"
+    assert "\x1b" not in done.stderr, "no control characters where there is no terminal"
+    return run, json.loads(done.stdout)
+
+
+def test_run_reports_every_figure(finished_run: tuple[Path, dict]) -> None:
+    _, result = finished_run
+    assert result["bits"] == 2
+    assert result["group_size"] == 32
+    assert set(result["ppl"]) == {"full_precision", "round_to_nearest", "block_ap", "quantized"}
+    assert set(result["seconds"]) == {"calibrate", "block-ap", "e2e-qp", "pack", "eval"}
+    assert 2.0 < result["bits_per_weight"] < 3.0
+    assert result["ppl"]["full_precision"] < result["ppl"]["quantized"] < result["ppl"]["round_to_nearest"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "files"),
+    [
+        ("calibrate", QUANTIZED_FILES | {"windows.safetensors", "data.json", "layer-errors.json"}),
+        ("block-ap", QUANTIZED_FILES),
+        ("e2e-qp", QUANTIZED_FILES | {"windows.safetensors"}),
+        (
+            "pack",
+            {"config.json", "generation_config.json", "log.jsonl", "model.safetensors", "stage.json", "tokenizer.json"}
+            | {"tokenizer_config.json"},
+        ),
+        ("eval", {"eval.json", "log.jsonl", "stage.json"}),
+    ],
+)
+def test_stage_directory_holds_exactly_its_files(finished_run: tuple[Path, dict], stage: str, files: set[str]) -> None:
+    run, _ = finished_run
+    assert {str(file.relative_to(run / stage)) for file in (run / stage).rglob("*") if file.is_file()} == files
+
+
+def test_codes_survive_training_of_scales(finished_run: tuple[Path, dict]) -> None:
+    run, _ = finished_run
+    before = load_file(run / "block-ap" / "model-block-0001.safetensors")
+    after = load_file(run / "e2e-qp" / "model-block-0001.safetensors")
+    codes = [name for name in before if name.endswith((".weight_packed", ".weight_zero_point"))]
+    scales = [name for name in before if name.endswith(".weight_scale")]
+    assert len(codes) == 14
+    assert all(torch.equal(before[name], after[name]) for name in codes)
+    assert any(not torch.equal(before[name], after[name]) for name in scales)
+
+
+def test_packed_checkpoint_loads_in_plain_transformers(finished_run: tuple[Path, dict]) -> None:
+    """Logits equal those of the end-to-end stage's model up to the fp16 storage of scales, norms and embeddings."""
+    run, _ = finished_run
+    script = """
+import sys, torch, qatcli
+from transformers import AutoModelForCausalLM, AutoTokenizer
+trained, packed = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval() for p in sys.argv[1:])
+tokens = torch.arange(1, 60)[None]
+with torch.no_grad():
+    a, b = trained(tokens).logits, packed(tokens).logits
+print((a - b).abs().max().item() / a.abs().max().item())
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
+print(len(packed.generate(**tokenizer("the cat", return_tensors="pt"), max_new_tokens=5, do_sample=False)[0]))
+"""
+    command = [sys.executable, "-c", script, str(run / "e2e-qp"), str(run / "pack")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    difference, generated = done.stdout.split()
+    assert float(difference) < 2e-3
+    assert int(generated) > 5
+
+
+def test_stages_chain_through_pipes(smoke_env: dict[str, str], finished_run: tuple[Path, dict], tmp_path: Path) -> None:
+    """`qat calibrate | qat block-ap --from -` in another run directory gives the bits of `qat run`."""
+    run, _ = finished_run
+    first = qat("calibrate", RECIPE, "--run", tmp_path / "a", "-q", env=smoke_env)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == ""
+    second = qat("block-ap", RECIPE, "--run", tmp_path / "b", "--from", "-", env=smoke_env, stdin=first.stdout)
+    assert second.returncode == 0, second.stderr
+    assert Path(second.stdout.strip()) == tmp_path / "b" / "block-ap"
+    assert _digests(tmp_path / "b" / "block-ap") == _digests(run / "block-ap")
+
+
+def test_killed_stages_resume_to_the_same_bits(
+    smoke_env: dict[str, str], finished_run: tuple[Path, dict], tmp_path: Path
+) -> None:
+    run, _ = finished_run
+    mine = tmp_path / "run"
+    shutil.copytree(run / "calibrate", mine / "calibrate")
+    partial = mine / "block-ap.partial"
+    _kill_when(lambda: (partial / "model-block-0000.safetensors").is_file(), "block-ap", mine, smoke_env)
+    assert not (mine / "block-ap").exists()
+    resumed = qat("block-ap", RECIPE, "--run", mine, env=smoke_env)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "kept from the interrupted run" in resumed.stderr or (mine / "block-ap").is_dir()
+    assert _digests(mine / "block-ap") == _digests(run / "block-ap")
+
+    _kill_when(lambda: (mine / "e2e-qp.partial" / "optimizer.safetensors").is_file(), "e2e-qp", mine, smoke_env)
+    assert qat("e2e-qp", RECIPE, "--run", mine, env=smoke_env).returncode == 0
+    assert _digests(mine / "e2e-qp") == _digests(run / "e2e-qp")
+
+
+def test_finished_stage_is_not_run_again(smoke_env: dict[str, str], finished_run: tuple[Path, dict]) -> None:
+    run, _ = finished_run
+    before = (run / "pack" / "stage.json").stat().st_mtime_ns
+    again = qat("pack", RECIPE, "--run", run, env=smoke_env)
+    assert again.returncode == 0
+    assert again.stdout.strip() == str(run / "pack")
+    assert "already finished" in again.stderr
+    assert (run / "pack" / "stage.json").stat().st_mtime_ns == before
+
+
+def test_other_settings_are_refused_by_name(smoke_env: dict[str, str], finished_run: tuple[Path, dict]) -> None:
+    run, _ = finished_run
+    before = _digests(run / "block-ap")
+    refused = qat("block-ap", RECIPE, "--run", run, "--set", "block_ap.epochs=1", env=smoke_env)
+    assert refused.returncode == 2
+    assert "block_ap.epochs: was 2, is 1" in refused.stderr
+    assert "--restart" in refused.stderr
+    assert _digests(run / "block-ap") == before
+
+
+def test_missing_input_names_the_command(smoke_env: dict[str, str], tmp_path: Path) -> None:
+    missing = qat("block-ap", RECIPE, "--run", tmp_path / "empty", env=smoke_env)
+    assert missing.returncode == 3
+    assert "hint: run `qat calibrate`" in missing.stderr
+    assert missing.stdout == ""
+
+
+def test_flipped_bit_is_refused(smoke_env: dict[str, str], finished_run: tuple[Path, dict], tmp_path: Path) -> None:
+    run, _ = finished_run
+    shutil.copytree(run / "e2e-qp", tmp_path / "e2e-qp")
+    file = tmp_path / "e2e-qp" / "model-block-0001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+    assert qat("inspect", tmp_path / "e2e-qp", env=smoke_env).returncode == 3
+    refused = qat("pack", RECIPE, "--run", tmp_path, env=smoke_env)
+    assert refused.returncode == 3
+    assert "model-block-0001.safetensors is damaged" in refused.stderr
+    assert not (tmp_path / "pack").exists()
+
+
+def test_inspect_describes_a_stage(smoke_env: dict[str, str], finished_run: tuple[Path, dict]) -> None:
+    run, _ = finished_run
+    done = qat("inspect", run / "pack", "--json", env=smoke_env)
+    assert done.returncode == 0
+    facts = json.loads(done.stdout)
+    assert facts["kind"] == "packed"
+    assert facts["verified"] is True
+    assert facts["recipe"]["quant"]["bits"] == 2
+
+
+def test_second_process_is_refused(smoke_env: dict[str, str], finished_run: tuple[Path, dict], tmp_path: Path) -> None:
+    run, _ = finished_run
+    shutil.copytree(run / "calibrate", tmp_path / "calibrate")
+    first = _start("block-ap", tmp_path, smoke_env)
+    try:
+        _wait(lambda: (tmp_path / "block-ap.lock").is_file(), first)
+        second = qat("block-ap", RECIPE, "--run", tmp_path, env=smoke_env)
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 2
+    assert f"process {first.pid}" in second.stderr
+
+
+def test_interrupt_says_how_to_continue(
+    smoke_env: dict[str, str], finished_run: tuple[Path, dict], tmp_path: Path
+) -> None:
+    run, _ = finished_run
+    shutil.copytree(run / "calibrate", tmp_path / "calibrate")
+    process = _start("block-ap", tmp_path, smoke_env)
+    _wait(lambda: (tmp_path / "block-ap.partial" / "log.jsonl").is_file(), process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "continue with `qat block-ap" in stderr
+
+
+def _start(stage: str, run: Path, env: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "qatcli", stage, str(RECIPE), "--run", str(run)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _kill_when(reached, stage: str, run: Path, env: dict[str, str]) -> None:
+    """Start a stage and kill -9 it as soon as `reached()`."""
+    process = _start(stage, run, env)
+    _wait(reached, process)
+    process.kill()
+    process.wait()
+
+
+def _wait(reached, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "the stage did not get there"
+        time.sleep(0.002)
+
+
+def _digests(stage: Path) -> dict[str, str]:
+    """sha256 of the stage's model and data files: what has to be equal bit for bit."""
+    return dict(json.loads((stage / "stage.json").read_text())["files"])
