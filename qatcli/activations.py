@@ -7,6 +7,7 @@ each takes 64 GiB, so where they live is decided here and nowhere else: a stream
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,12 @@ class StreamBudget:
                 f"({self.bytes_left / 2**30:.1f} GiB) and than {self.directory} has free ({free / 2**30:.1f} GiB)",
                 hint="set block_ap.cache.dir to a larger disk, raise block_ap.cache.host_gb, or use fewer samples",
             )
-        file = self.directory / f"{name}.activations"
-        return torch.from_file(str(file), shared=True, size=elements, dtype=dtype).view(shape)
+        file = self.directory / f"{os.getpid()}-{name}.activations"
+        with open(file, "wb") as handle:  # reserved now: a full disk met through a mapping is a fatal signal
+            os.posix_fallocate(handle.fileno(), 0, size)
+        stream = torch.from_file(str(file), shared=True, size=elements, dtype=dtype).view(shape)
+        file.unlink()  # the mapping keeps it; nothing is left behind however the process ends
+        return stream
 
 
 def stream_budget(host_gb: float | None, directory: Path) -> StreamBudget:

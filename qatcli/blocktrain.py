@@ -158,7 +158,9 @@ def train_block(
         loss = validation_loss(block, held_out, arguments, config.loss, config.batch_size, device)
         return BlockResult(before=loss, after=loss)
     steps_per_epoch = -(-len(train.inputs) // config.batch_size)
-    schedule = Schedule(config.epochs * steps_per_epoch, floor=1 / config.min_lr_factor if config.min_lr_factor else 0.0)
+    schedule = Schedule(
+        config.epochs * steps_per_epoch, floor=1 / config.min_lr_factor if config.min_lr_factor else 0.0
+    )
     optimizer = adamw(_parameter_groups(block, students, config, schedule, symmetric=symmetric))
     trained = [p for group in optimizer.param_groups for p in group["params"]]
 

@@ -125,9 +125,7 @@ def _caption(metrics: dict[str, Any]) -> str:
     mib = {part: count / 2**20 for part, count in size["bytes"].items()}
     weights = ", ".join(f"{part.replace('_', ' ')} {value:.2f} MiB" for part, value in mib.items())
     texts.append(f"size: {weights}")
-    texts.append(
-        f"{size['bits_per_weight']} bits per quantized weight, {size['bits_per_parameter']} per parameter of the whole model"
-    )
+    texts.append(f"{size['bits_per_weight']} bits per quantized weight, {size['bits_per_parameter']} per parameter in all")
     return "\n".join(texts)
 
 

@@ -52,7 +52,9 @@ def open_stage(path: Path, *, kinds: tuple[str, ...] = ()) -> StageDirectory:
     """
     if not (path / STAGE_FILE).is_file():
         if path.with_name(path.name + ".partial").is_dir():
-            raise InputError(f"{path} is not finished", hint=f"run `qat {path.name}` again: it continues where it stopped")
+            raise InputError(
+                f"{path} is not finished", hint=f"run `qat {path.name}` again: it continues where it stopped"
+            )
         raise InputError(f"{path} is not a stage directory: it has no {STAGE_FILE}")
     try:
         facts = json.loads((path / STAGE_FILE).read_text(encoding="utf-8"))

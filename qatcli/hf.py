@@ -36,7 +36,9 @@ class QatConfig(QuantizationConfigMixin):
         **_ignored: Any,
     ) -> None:
         if format_version != FORMAT_VERSION:
-            raise ValueError(f"packed format version {format_version} needs another qatcli; this one reads {FORMAT_VERSION}")
+            raise ValueError(
+                f"packed format version {format_version} needs another qatcli; this one reads {FORMAT_VERSION}"
+            )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.bits = bits

@@ -148,7 +148,7 @@ class PackedCheckpoint:
             )
         if quantization.get("format_version") != FORMAT_VERSION:
             raise InputError(
-                f"{path} has packed format version {quantization.get('format_version')}; this qat reads {FORMAT_VERSION}",
+                f"{path} has packed format {quantization.get('format_version')}; this qat reads {FORMAT_VERSION}",
                 hint="install the qatcli release that wrote it, or make the checkpoint again",
             )
         try:
@@ -172,7 +172,9 @@ class PackedCheckpoint:
             with safe_open(file, framework="pt") as handle:
                 return handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: cannot read `{name}`: {error}", hint="the file is damaged; make it again") from error
+            raise InputError(
+                f"{file}: cannot read `{name}`: {error}", hint="the file is damaged; make it again"
+            ) from error
 
     def linear(self, name: str) -> QuantizedLinear:
         """One quantized linear in canonical form."""

@@ -7,11 +7,23 @@ examples  that text to tokens and a loss mask (chat: chat templates; tokens: the
 corpus    the documents of a source, split into training and validation
 packing   fixed-length windows out of tokenized documents
 windows   the training and validation windows of a stage
+store     windows in a stage directory
 text      token streams and windows for perplexity
 """
 
 from qatcli.data.sources import DataSource
+from qatcli.data.store import Windows, load_windows, save_windows
 from qatcli.data.text import c4_windows, evaluation_windows, text_tokens
 from qatcli.data.windows import WindowSet, sample_windows
 
-__all__ = ["DataSource", "WindowSet", "c4_windows", "evaluation_windows", "sample_windows", "text_tokens"]
+__all__ = [
+    "DataSource",
+    "WindowSet",
+    "Windows",
+    "c4_windows",
+    "evaluation_windows",
+    "load_windows",
+    "sample_windows",
+    "save_windows",
+    "text_tokens",
+]

@@ -46,9 +46,7 @@ def round_to_nearest(source: ModelSource, quant: QuantSection, device: torch.dev
 
 def packed(name: str, path: Path, device: torch.device, *, trust_remote_code: bool = False) -> Candidate:
     """A packed checkpoint of any stage."""
-    return Candidate(
-        name, lambda: load_packed(path, dtype="auto", device=device, trust_remote_code=trust_remote_code)
-    )
+    return Candidate(name, lambda: load_packed(path, dtype="auto", device=device, trust_remote_code=trust_remote_code))
 
 
 def _rounded(weight: torch.Tensor, bits: int, group_size: int, *, symmetric: bool) -> torch.Tensor:

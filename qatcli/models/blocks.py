@@ -113,7 +113,9 @@ class _Record:
     def forward_of(self, index: int) -> Any:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if args:
-                raise InputError(f"block {index} takes positional arguments besides the hidden states; unsupported model")
+                raise InputError(
+                    f"block {index} takes positional arguments besides the hidden states; unsupported model"
+                )
             if index == 0:
                 self.hidden = hidden_states
             self.arguments[index] = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}

@@ -84,7 +84,9 @@ def open_source(
     path = Path(source)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise InputError(f"model.source {source} is a file but not .gguf", hint="give a model folder or a GGUF file")
+            raise InputError(
+                f"model.source {source} is a file but not .gguf", hint="give a model folder or a GGUF file"
+            )
         path = _convert_gguf(path)
     elif path.is_dir() and gguf_file:
         path = _convert_gguf(path / gguf_file)

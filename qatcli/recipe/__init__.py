@@ -1,7 +1,7 @@
 """The recipe: one YAML file is one experiment. Importing this loads neither torch nor transformers."""
 
 from qatcli.recipe.checks import FORMAT_BITS, check_group_sizes
-from qatcli.recipe.identity import changed_keys, digest, dump_recipe
+from qatcli.recipe.identity import digest, dump_recipe
 from qatcli.recipe.load import load_recipe, recipe_name
 from qatcli.recipe.methods import METHODS, preset
 from qatcli.recipe.schema import (
@@ -38,7 +38,6 @@ __all__ = [
     "PerplexityText",
     "QuantSection",
     "Recipe",
-    "changed_keys",
     "check_group_sizes",
     "digest",
     "dump_recipe",

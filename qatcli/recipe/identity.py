@@ -23,22 +23,6 @@ def digest(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], sections: Iterable[str]) -> list[str]:
-    """Dotted keys whose values differ between two dumped recipes (`model_dump(mode="json")`), within `sections`."""
-    return [key for section in sections for key in _differences(section, old.get(section), new.get(section))]
-
-
-def _differences(key: str, old: Any, new: Any) -> Iterator[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in sorted({*old, *new}):
-            yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (one, other) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(f"{key}.{index}", one, other)
-    elif old != new:
-        yield key
-
-
 def _escaped(value: Any) -> Any:
     """`value` with every text written so that loading expands no variable in it."""
     if isinstance(value, dict):

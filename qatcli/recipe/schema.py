@@ -188,13 +188,13 @@ class BlockApSection(Section):
     """Unit of the `lr_` keys. `absolute`: the peak rate given to AdamW. `reach`: the whole distance over which the
     cosine schedule lets Adam move a parameter. The peak rate is derived from it, so a recipe means the same for any
     number of steps and any magnitude of weights."""
-    lr_weights: _Rate = 1.0
+    lr_weights: _Rate = 0.75
     """Weights of the linears; as reach, in step sizes (scales) of the weight's own group. 0 does not train them."""
-    lr_scales: _Rate = 0.5
+    lr_scales: _Rate = 1.0
     """Scales; as reach, relative to the scale itself. 0 does not train them."""
-    lr_zero_points: _Rate = 1.0
+    lr_zero_points: _Rate = 0.0
     """Zero points; as reach, in integer steps. 0 does not train them."""
-    lr_norms: _Rate = 0.02
+    lr_norms: _Rate = 0.1
     """Norm weights; as reach, relative to their own magnitude. 0 does not train them."""
     min_lr_factor: _DecayFactor | None = 20.0
     """The cosine schedule ends at the peak rate divided by this; null ends at zero."""
@@ -233,7 +233,7 @@ class E2eQpSection(Section):
     """Parameters that train."""
     lr_units: Literal["reach", "absolute"] = "reach"
     """Unit of the `lr_` keys, as in `block_ap.lr_units`."""
-    lr_scales: _Rate = 0.5
+    lr_scales: _Rate = 0.15
     """Scales; as reach, relative to the scale itself."""
     lr_norms: _Rate = 0.0
     """Norm weights; as reach, relative to their own magnitude."""

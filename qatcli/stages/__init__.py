@@ -22,7 +22,7 @@ import psutil
 from qatcli import directory
 from qatcli.directory import StageDirectory
 from qatcli.errors import InputError, UsageError
-from qatcli.recipe.schema import Recipe
+from qatcli.recipe import Recipe, digest
 from qatcli.runlog import RunLog, duration
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]
         "identity": identity,
         "input": None if job.source is None else str(job.source.path),
         "recipe": job.recipe.model_dump(mode="json"),
+        "recipe_digest": digest(job.recipe),
         "seconds": round(seconds, 3),
         "peak_memory": _peak_memory(job.device),
         "device": str(job.device),

@@ -9,9 +9,10 @@ blocks already quantized.
 
 from __future__ import annotations
 
-import shutil
+import json
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ from torch import Tensor
 from qatcli.activations import StreamBudget, advance_stream, fill_stream, stream_budget
 from qatcli.blockfiles import block_file, block_quants, finish, load_quantized_block, read_linear, save_block
 from qatcli.blocktrain import BlockResult, Windows, build_student, export_students, input_hessians, train_block
+from qatcli.data import load_windows
 from qatcli.errors import InputError
 from qatcli.models.blocks import BlockModel, open_blocks
 from qatcli.models.source import open_source
 from qatcli.packed import ModuleQuant
 from qatcli.shards import load_tensors
 from qatcli.stages import Job
-from qatcli.stages.calibrate import WINDOWS
 from qatcli.training import compute_dtype
 
 
@@ -39,17 +40,17 @@ class _Streams:
 
 
 def run(job: Job) -> dict[str, Any]:
+    """Train and save every block that is not there yet."""
     recipe, config, log = job.recipe, job.recipe.block_ap, job.log
     source = open_source(**recipe.model.model_dump())
     _check_same_model(job, source.fingerprint)
     model = open_blocks(source)
     dtype = compute_dtype(config.amp, job.device)
-    windows = load_tensors(job.input.path / WINDOWS)
-    scratch = job.out / "activations"
-    budget = stream_budget(config.cache.host_gb, scratch)
-    train = _open_streams(job, model, "train", windows["train"], budget, dtype)
-    held_out = _open_streams(job, model, "validation", windows["validation"], budget, dtype)
-    arguments = model.block_arguments(windows["train"].shape[1], job.device, torch.float32)
+    windows, held_out_windows = load_windows(job.input.path)
+    budget = stream_budget(config.cache.host_gb, Path(config.cache.dir or job.out))
+    train = _open_streams(job, model, "train", windows.tokens, budget, dtype)
+    held_out = _open_streams(job, model, "validation", held_out_windows.tokens, budget, dtype)
+    arguments = model.block_arguments(windows.tokens.shape[1], job.device, torch.float32)
     results: list[dict[str, Any]] = []
 
     with log.progress("block-ap", len(model)) as bar:
@@ -58,9 +59,7 @@ def run(job: Job) -> dict[str, Any]:
             # The full-precision stream moves on first: its new state is this block's target.
             block = model.load_block(index, job.device, torch.float32)
             for streams in (train, held_out):
-                advance_stream(
-                    streams.target, block, arguments[index], batch_size=config.batch_size, device=job.device
-                )
+                advance_stream(streams.target, block, arguments[index], batch_size=config.batch_size, device=job.device)
             if not block_file(job.out, index).is_file():
                 result = _train(job, model, index, block, quants, train, held_out, arguments[index])
                 results.append(result)
@@ -75,7 +74,6 @@ def run(job: Job) -> dict[str, Any]:
                 )
             bar.advance(detail=detail)
     finish(job.out, model, recipe.quant)
-    shutil.rmtree(scratch, ignore_errors=True)
     return _metrics(job)
 
 
@@ -114,7 +112,9 @@ def _train(
         generator=torch.Generator().manual_seed(recipe.calibrate.seed * 1_000_003 + index),
         device=job.device,
     )
-    others = {f"{prefix}.{n}": p for n, p in block.named_parameters() if f"{prefix}.{n.rpartition('.')[0]}" not in quants}
+    others = {
+        f"{prefix}.{n}": p for n, p in block.named_parameters() if f"{prefix}.{n.rpartition('.')[0]}" not in quants
+    }
     save_block(job.out, index, export_students(students), others)
     event = {"index": index, **asdict(result), "seconds": round(time.monotonic() - started, 3)}
     job.log.event("block", **event)
@@ -146,8 +146,6 @@ def _check_same_model(job: Job, fingerprint: str) -> None:
 
 def _metrics(job: Job) -> dict[str, Any]:
     """Summary of all blocks, those of earlier interrupted runs included, from the log."""
-    import json
-
     blocks: dict[int, dict[str, Any]] = {}
     for line in (job.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
         event = json.loads(line)
@@ -155,7 +153,9 @@ def _metrics(job: Job) -> dict[str, Any]:
             blocks[event["index"]] = event
     rows = [blocks[index] for index in sorted(blocks)]
     return {
-        "blocks": [{key: row[key] for key in ("index", "before", "after", "epochs", "backoffs", "seconds")} for row in rows],
+        "blocks": [
+            {key: row[key] for key in ("index", "before", "after", "epochs", "backoffs", "seconds")} for row in rows
+        ],
         "loss_before": sum(row["before"] for row in rows) / len(rows),
         "loss_after": sum(row["after"] for row in rows) / len(rows),
     }

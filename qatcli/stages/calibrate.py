@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,22 +20,22 @@ from torch import Tensor, nn
 
 from qatcli.activations import advance_stream, fill_stream, stream_budget
 from qatcli.blockfiles import block_file, block_quants, finish, save_block
-from qatcli.data import sample_windows
+from qatcli.data import load_windows, sample_windows, save_windows
+from qatcli.data.store import FILE as WINDOWS
 from qatcli.grid import initial_grid, relative_error
 from qatcli.models.blocks import BlockModel, open_blocks
 from qatcli.models.source import open_source
 from qatcli.packed import ModuleQuant, QuantizedLinear
 from qatcli.recipe import check_group_sizes
 from qatcli.recipe.schema import QuantSection
-from qatcli.shards import load_tensors, save_tensors
 from qatcli.stages import Job
 from qatcli.training import compute_dtype
 
-WINDOWS = "windows.safetensors"
 WORST = 10  # layers that the metrics list by name
 
 
 def run(job: Job) -> dict[str, Any]:
+    """Sample windows, then round every block to its initial grids."""
     recipe, log = job.recipe, job.log
     config = recipe.calibrate
     source = open_source(**recipe.model.model_dump())
@@ -52,12 +53,12 @@ def run(job: Job) -> dict[str, Any]:
             seed=config.seed,
         )
         (job.out / "data.json").write_text(json.dumps({"digest": windows.digest, **windows.stats}, indent=2) + "\n")
-        save_tensors(job.out / WINDOWS, {"train": torch.as_tensor(windows.train), "validation": torch.as_tensor(windows.validation)})
-    train = load_tensors(job.out / WINDOWS)["train"]
+        save_windows(job.out, windows)
+    train, _ = load_windows(job.out)
 
     errors: dict[str, float] = {}
     with log.progress("calibrate", len(model)) as bar:
-        for index, block, moments in _blocks_with_moments(job, model, train[: config.moment_samples]):
+        for index, block, moments in _blocks_with_moments(job, model, train.tokens[: config.moment_samples]):
             errors |= _round_block(job, model, index, block, quants[index], moments, recipe.quant)
             block_errors = [errors[name] for name in quants[index]]
             bar.advance(detail=f"relative error {sum(block_errors) / max(1, len(block_errors)):.4f}")
@@ -78,11 +79,10 @@ def _blocks_with_moments(job: Job, model: BlockModel, windows: Tensor) -> Any:
     """Each full-precision block with the mean square of every linear's inputs, {name: [K]}; empty without windows."""
     dtype = compute_dtype(job.recipe.block_ap.amp, job.device)
     cache = job.recipe.block_ap.cache
-    scratch = job.out / "scratch"
     stream = torch.empty(0)
     arguments: list[dict[str, Any]] = []
     if len(windows):
-        budget = stream_budget(cache.host_gb, job.out.parent / "scratch" if cache.dir is None else scratch)
+        budget = stream_budget(cache.host_gb, Path(cache.dir or job.out))
         hidden = model.source.config().get_text_config().hidden_size
         stream = budget.allocate("calibrate", (*windows.shape, hidden), dtype)
         fill_stream(stream, model, windows, job.device, dtype)

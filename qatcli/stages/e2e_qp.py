@@ -9,7 +9,6 @@ with `next-token` the text is. An interrupted run continues from the last optimi
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qatcli.data import sample_windows
+from qatcli.data import Windows, load_windows, sample_windows, save_windows
+from qatcli.data.store import FILE as WINDOWS
 from qatcli.errors import DivergedError
 from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear
@@ -26,22 +26,24 @@ from qatcli.packed import SCALE, PackedCheckpoint
 from qatcli.recipe.schema import E2eQpSection
 from qatcli.shards import INDEX, load_tensors, save_tensors
 from qatcli.stages import Job
-from qatcli.training import Schedule, adamw, autocast, compute_dtype, gradients_finite, peak_rate, restore, set_rates, snapshot
+from qatcli.training import (
+    Schedule,
+    adamw,
+    autocast,
+    compute_dtype,
+    gradients_finite,
+    peak_rate,
+    restore,
+    set_rates,
+    snapshot,
+)
 
-WINDOWS = "windows.safetensors"
 STATE = "optimizer.safetensors"
 PATIENCE = 5  # consecutive updates with a non-finite gradient before the stage gives up
 
 
-@dataclass(frozen=True)
-class _Text:
-    """Token windows int [S, T] and which tokens are training targets, bool [S, T]."""
-
-    tokens: Tensor
-    mask: Tensor
-
-
 def run(job: Job) -> dict[str, Any]:
+    """Train the scales on the recipe's text."""
     recipe, config = job.recipe, job.recipe.e2e_qp
     checkpoint = PackedCheckpoint.open(job.input.path)
     train, held_out = _windows(job)
@@ -97,7 +99,7 @@ class _Trainer:
         teacher: nn.Module | None,
         trained: dict[str, nn.Parameter],
         config: E2eQpSection,
-        held_out: _Text,
+        held_out: Windows,
         dtype: torch.dtype,
         job: Job,
     ) -> None:
@@ -107,9 +109,9 @@ class _Trainer:
         self.best_loss = float("inf")
         self.first_loss = float("nan")
 
-    def train(self, text: _Text) -> dict[str, Any]:
+    def train(self, text: Windows) -> dict[str, Any]:
         config, log = self.config, self.job.log
-        per_epoch = len(text.tokens) // config.batch_size
+        per_epoch = len(text) // config.batch_size
         steps = config.epochs * per_epoch
         schedule = Schedule(
             steps, floor=1 / config.min_lr_factor if config.min_lr_factor else 0.0, warmup=int(config.warmup * steps)
@@ -126,12 +128,12 @@ class _Trainer:
         with log.progress("e2e-qp", steps, done=start) as bar:
             for step in range(start, steps):
                 set_rates(optimizer, schedule, step)
-                loss = self._update(optimizer, text, self._batch(step, per_epoch, len(text.tokens)))
+                loss = self._update(optimizer, text, self._batch(step, per_epoch, len(text)))
                 failures = 0 if loss == loss else failures + 1
                 if failures >= PATIENCE:
                     raise DivergedError(
                         f"e2e-qp: the gradient was not finite for {PATIENCE} updates up to {step + 1}",
-                        hint="lower e2e_qp.lr_scales, or set e2e_qp.amp to float32; the run continues from its last checkpoint",
+                        hint="set e2e_qp.amp=float32 or lower e2e_qp.lr_scales, with --restart",
                     )
                 log.event("step", step=step + 1, loss=loss)
                 last = step + 1 == steps
@@ -143,13 +145,13 @@ class _Trainer:
             restore(self.trained.values(), self.best)
         return {"steps": steps, "loss": config.loss, "before": self.first_loss, "after": self.best_loss, "train": loss}
 
-    def _update(self, optimizer: torch.optim.Optimizer, text: _Text, batch: Tensor) -> float:
+    def _update(self, optimizer: torch.optim.Optimizer, text: Windows, batch: Tensor) -> float:
         """One optimizer step on the windows `batch`; the mean loss, NaN when it was skipped as non-finite."""
         optimizer.zero_grad(set_to_none=True)
-        targets = max(1, int(text.mask[batch][:, 1:].sum()))
+        targets = max(1, text[batch].targets)
         total = 0.0
         for part in batch.split(self.config.micro_batch_size):
-            loss = self._loss(_Text(text.tokens[part], text.mask[part])) / targets
+            loss = self._loss(text[part]) / targets
             loss.backward()
             total += float(loss.detach())
         if not gradients_finite(self.trained.values()):
@@ -159,7 +161,7 @@ class _Trainer:
         optimizer.step()
         return total
 
-    def _loss(self, text: _Text) -> Tensor:
+    def _loss(self, text: Windows) -> Tensor:
         device = self.job.device
         tokens, mask = text.tokens.to(device, torch.long), text.mask.to(device)
         with autocast(device, self.dtype):
@@ -173,14 +175,14 @@ class _Trainer:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss per target token on the held-out windows."""
-        if not len(self.held_out.tokens):
+        if not len(self.held_out):
             return float("nan")
         self.student.eval()
         total = 0.0
-        for part in torch.arange(len(self.held_out.tokens)).split(self.config.micro_batch_size):
-            total += float(self._loss(_Text(self.held_out.tokens[part], self.held_out.mask[part])))
+        for part in torch.arange(len(self.held_out)).split(self.config.micro_batch_size):
+            total += float(self._loss(self.held_out[part]))
         self.student.train(self.config.gradient_checkpointing)  # checkpointing only works in training mode
-        return total / max(1, int(self.held_out.mask[:, 1:].sum()))
+        return total / max(1, self.held_out.targets)
 
     def _keep_best(self, step: int) -> None:
         loss = self.validate()
@@ -205,7 +207,10 @@ class _Trainer:
         return groups
 
     def _save(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        tensors = {"step": torch.tensor(step), "losses": torch.tensor([self.first_loss, self.best_loss], dtype=torch.float64)}
+        tensors = {
+            "step": torch.tensor(step),
+            "losses": torch.tensor([self.first_loss, self.best_loss], dtype=torch.float64),
+        }
         for (name, parameter), best in zip(self.trained.items(), self.best, strict=True):
             tensors |= {f"now.{name}": parameter.detach(), f"best.{name}": best}
             tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(parameter, {}).items()}
@@ -227,11 +232,10 @@ class _Trainer:
         return int(tensors["step"])
 
 
-def _windows(job: Job) -> tuple[_Text, _Text]:
+def _windows(job: Job) -> tuple[Windows, Windows]:
     """Training and held-out windows, sampled once and kept in the stage's directory."""
     config = job.recipe.e2e_qp
-    file = job.out / WINDOWS
-    if not file.is_file():
+    if not (job.out / WINDOWS).is_file():
         windows = sample_windows(
             config.data or job.recipe.calibrate.data,
             load_tokenizer(job.input.path),
@@ -241,19 +245,8 @@ def _windows(job: Job) -> tuple[_Text, _Text]:
             seed=job.recipe.calibrate.seed,
             purpose="e2e-qp",
         )
-        tensors = {}
-        for name, tokens, mask in (
-            ("train", windows.train, windows.loss_mask_train),
-            ("validation", windows.validation, windows.loss_mask_validation),
-        ):
-            tensors[name] = torch.as_tensor(tokens)
-            tensors[f"{name}_mask"] = torch.ones(tokens.shape, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
-        save_tensors(file, tensors)
-    tensors = load_tensors(file)
-    return (
-        _Text(tensors["train"], tensors["train_mask"]),
-        _Text(tensors["validation"], tensors["validation_mask"]),
-    )
+        save_windows(job.out, windows)
+    return load_windows(job.out)
 
 
 def _write(job: Job, checkpoint: PackedCheckpoint, trained: dict[str, Tensor]) -> None:

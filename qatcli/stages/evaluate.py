@@ -28,6 +28,7 @@ BATCH_TOKENS = 4096  # tokens per forward pass
 
 
 def run(job: Job) -> dict[str, Any]:
+    """Measure every candidate on every text."""
     recipe, config = job.recipe, job.recipe.eval
     source = open_source(**recipe.model.model_dump())
     tokenizer = source.tokenizer()
@@ -56,7 +57,9 @@ def run(job: Job) -> dict[str, Any]:
                         divergence(model, reference, windows, device=job.device, dtype=dtype)
                     )
             if candidate.name in ("full_precision", "quantized"):
-                result["samples"] = [_continue(model, tokenizer, prompt, config, job.device) for prompt in config.prompts]
+                result["samples"] = [
+                    _continue(model, tokenizer, prompt, config, job.device) for prompt in config.prompts
+                ]
             result["seconds"] = round(time.monotonic() - started, 2)
             results[candidate.name] = result
             job.log.event("measured", model=candidate.name, perplexity=result["perplexity"])
@@ -98,6 +101,10 @@ def _continue(model: Any, tokenizer: Any, prompt: str, config: EvalSection, devi
     """Greedy continuation of a prompt."""
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     output = model.generate(
-        **inputs, max_new_tokens=config.max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.eos_token_id
+        **inputs,
+        max_new_tokens=config.max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.eos_token_id,
     )
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

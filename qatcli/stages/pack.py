@@ -21,6 +21,7 @@ from qatcli.stages import Job
 
 
 def run(job: Job) -> dict[str, Any]:
+    """Rewrite the shards in their published precision."""
     checkpoint = PackedCheckpoint.open(job.input.path)
     config = copy.deepcopy(checkpoint.config)
     scale_dtype = getattr(torch, job.recipe.pack.scale_dtype)
@@ -64,5 +65,3 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
             f"{name} does not fit {str(tensor.dtype).removeprefix('torch.')}",
             hint="set pack.scale_dtype or pack.dtype to float32",
         )
-
-
