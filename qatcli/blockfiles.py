@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qatcli.directory import link_or_copy
 from qatcli.linear import replace_modules
 from qatcli.models.blocks import BlockModel
 from qatcli.packed import (
@@ -22,7 +21,6 @@ from qatcli.packed import (
     ModuleQuant,
     QuantizedLinear,
     companion_files,
-    module_quant,
     pack_linear,
     quantization_config,
     read_config,
@@ -111,21 +109,3 @@ def finish(directory: Path, model: BlockModel, quant: QuantSection) -> None:
     write_config(directory, config)
     for file in companion_files(model.source.path):
         shutil.copyfile(file, directory / file.name)
-
-
-def adopt_blocks(source: Path, directory: Path) -> None:
-    """Bring an earlier stage's block files into this one without copying bytes where links work."""
-    for file in source.glob("model-block-*.safetensors"):
-        link_or_copy(file, directory / file.name)
-
-
-__all__ = [
-    "adopt_blocks",
-    "block_file",
-    "block_quants",
-    "finish",
-    "load_quantized_block",
-    "module_quant",
-    "read_linear",
-    "save_block",
-]

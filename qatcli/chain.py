@@ -40,6 +40,40 @@ def run_one(
     return {"stage": stage, "path": str(done.path), "seconds": facts["seconds"], "metrics": facts["metrics"]}
 
 
+def run_exports(
+    recipe_file: Path,
+    overrides: Sequence[str],
+    formats: Sequence[str],
+    *,
+    run_dir: Path | None,
+    source: Path | None,
+    restart: bool,
+    device: str | None,
+    verbosity: int,
+) -> list[dict[str, Any]]:
+    """Export to every format named, or to the recipe's; one {stage, format, path, seconds, metrics} each."""
+    recipe = load_recipe(recipe_file, [*overrides, f"export.formats=[{','.join(formats)}]"] if formats else overrides)
+    log = RunLog(verbosity=verbosity)
+    _quiet_libraries()
+    run_dir = run_dir or Path("runs") / recipe_name(recipe_file)
+    results = []
+    for name in recipe.export.formats:
+        done = run_stage(
+            "export", recipe, run_dir, variant=name, source=source, restart=restart, device=device, log=log
+        )
+        facts = done.facts
+        results.append(
+            {
+                "stage": "export",
+                "format": name,
+                "path": str(done.path),
+                "seconds": facts["seconds"],
+                "metrics": facts["metrics"],
+            }
+        )
+    return results
+
+
 def run_all(
     recipe_file: Path,
     overrides: Sequence[str],
@@ -125,7 +159,9 @@ def _caption(metrics: dict[str, Any]) -> str:
     mib = {part: count / 2**20 for part, count in size["bytes"].items()}
     weights = ", ".join(f"{part.replace('_', ' ')} {value:.2f} MiB" for part, value in mib.items())
     texts.append(f"size: {weights}")
-    texts.append(f"{size['bits_per_weight']} bits per quantized weight, {size['bits_per_parameter']} per parameter in all")
+    texts.append(
+        f"{size['bits_per_weight']} bits per quantized weight, {size['bits_per_parameter']} per parameter in all"
+    )
     return "\n".join(texts)
 
 

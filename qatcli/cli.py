@@ -33,8 +33,11 @@ STAGE_HELP = {
     "block-ap": "Train each block (weights, scales, zero points) against the full-precision block.",
     "e2e-qp": "Train the scales end to end on frozen codes.",
     "pack": "Write the dense bit-packed checkpoint that transformers loads.",
+    "import": "Turn a GPTQ, AWQ or EfficientQAT checkpoint (--from) into the packed form.",
     "eval": "Measure perplexity, divergence and size against full precision and round-to-nearest.",
 }
+
+FORMAT_NAMES = "gptq, bitblas, native, gguf, awq, compressed-tensors, dense"
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, one YAML file.", show_default=False)]
 RunOption = Annotated[
@@ -71,15 +74,12 @@ def _stage_command(name: str) -> Callable[..., None]:
         with _reported(f"qat {name} {recipe}"):
             from qatcli.chain import run_one
 
-            given = sys.stdin.readline().strip() if source == "-" else source
-            if source == "-" and not given:
-                raise UsageError("--from -: standard input is empty", hint="pipe the previous stage's output into it")
             result = run_one(
                 name,
                 recipe,
                 overrides or [],
                 run_dir=run,
-                source=Path(given) if given else None,
+                source=_given_source(source),
                 restart=restart,
                 device=device,
                 verbosity=_verbosity(quiet, verbose),
@@ -91,6 +91,43 @@ def _stage_command(name: str) -> Callable[..., None]:
 
 for _name, _help in STAGE_HELP.items():
     app.command(_name, help=_help)(_stage_command(_name))
+
+
+@app.command("export")
+def export(
+    recipe: RecipeArgument,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", metavar="NAME", help=f"{FORMAT_NAMES}; repeatable, or separated by commas."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read back and compare what was written.")
+    ] = True,
+    run: RunOption = None,
+    source: FromOption = None,
+    overrides: SetOption = None,
+    restart: RestartOption = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write the formats that other runtimes serve, each read back and proven."""
+    with _reported(f"qat export {recipe}"):
+        from qatcli.chain import run_exports
+
+        results = run_exports(
+            recipe,
+            [*(overrides or []), *([] if verify else ["export.verify=false"])],
+            [name.strip() for given in formats or [] for name in given.split(",")],
+            run_dir=run,
+            source=_given_source(source),
+            restart=restart,
+            device=device,
+            verbosity=_verbosity(quiet, verbose),
+        )
+        for result in results:
+            typer.echo(json.dumps(result) if as_json else result["path"])
 
 
 @app.command("run")
@@ -176,6 +213,16 @@ def _fail(error: QatError) -> None:
     if error.hint:
         typer.echo(f"\nhint: {error.hint}", err=True)
     raise typer.Exit(error.exit_code)
+
+
+def _given_source(source: str | None) -> Path | None:
+    """The --from directory; `-` reads it from standard input."""
+    if source != "-":
+        return Path(source) if source else None
+    line = sys.stdin.readline().strip()
+    if not line:
+        raise UsageError("--from -: standard input is empty", hint="pipe the previous stage's output into it")
+    return Path(line)
 
 
 def _verbosity(quiet: bool, verbose: bool) -> int:

@@ -42,7 +42,7 @@ class StageDirectory:
     @property
     def digest(self) -> str:
         """Identifies the directory's contents: sha256 of stage.json, which holds the sha256 of every file."""
-        return _sha256(self.path / STAGE_FILE)
+        return str(self.facts.get("digest") or _sha256(self.path / STAGE_FILE))
 
 
 def open_stage(path: Path, *, kinds: tuple[str, ...] = ()) -> StageDirectory:
@@ -75,6 +75,16 @@ def open_stage(path: Path, *, kinds: tuple[str, ...] = ()) -> StageDirectory:
                 hint="restore the file, or run the stage again with --restart",
             )
     return StageDirectory(path, facts)
+
+
+def foreign_checkpoint(path: Path) -> StageDirectory:
+    """A checkpoint directory of another tool as a stage's input. InputError when it is not a directory."""
+    if not path.is_dir():
+        raise InputError(f"{path} is not a directory")
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(path)} {_sha256(file)}\n".encode())
+    return StageDirectory(path, {"kind": "checkpoint", "digest": digest.hexdigest()})
 
 
 @contextmanager
@@ -162,13 +172,11 @@ def write_json(file: Path, value: Any) -> None:
     os.replace(temporary, file)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, by hard link where the file system can."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def adopt(written: Path, out: Path) -> None:
+    """Move everything in `written` up into `out` and remove it."""
+    for file in written.iterdir():
+        file.rename(out / file.name)
+    written.rmdir()
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

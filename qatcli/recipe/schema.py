@@ -267,6 +267,22 @@ class ExportSection(Section):
 
     formats: tuple[Format, ...] = ("native",)
     """What to write; `qat export --format` chooses others."""
+    verify: bool = True
+    """Read every export back with other code and compare it; `qat export --no-verify` sets this to false."""
+    runtimes: bool = True
+    """Also load it in the installed libraries that serve the format and compare logits."""
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """native, dense: type of everything that is not quantized."""
+    max_shard_gb: _Positive = 5.0
+    """Size above which a new safetensors shard begins."""
+    awq_promote: bool = False
+    """awq: let 2- and 3-bit codes ride in 4 bits."""
+    bitblas_zeros: Literal["qzeros", "zeros"] = "qzeros"
+    """bitblas: name of the zero-point tensor, `qzeros` since GPTQModel 5, `zeros` before."""
+    gguf_type: _Name = "auto"
+    """gguf: `auto` (smallest that fits), `exact` (no rounded offset), or a block type such as `Q8_0`."""
+    gguf_embedding: Literal["F16", "Q8_0"] = "F16"
+    """gguf: type of the embeddings and the head."""
 
 
 class PerplexityText(Section):

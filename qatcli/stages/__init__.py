@@ -12,7 +12,7 @@ import importlib
 import json
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PROC_STATUS, PROC_CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 VERSIONED = ("qatcli", "torch", "transformers", "safetensors", "triton")
 # Keys that change where and how fast a stage runs but not what it computes: a resume may change them.
-FREE_KEYS = {"block_ap": ("cache",), "e2e_qp": ("checkpoint_every",)}
+FREE_KEYS = {"block_ap": ("cache",), "e2e_qp": ("checkpoint_every",), "export": ("formats",)}
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ class Stage:
 
 
 STAGES = {
+    "import": Stage("importing", (), ("checkpoint",), "packed", ("model",)),
     "calibrate": Stage("calibrate", (), (), "calibration", ("model", "quant", "calibrate")),
     "block-ap": Stage("block_ap", ("calibrate",), ("calibration",), "quantized", ("model", "quant", "block_ap")),
-    "e2e-qp": Stage("e2e_qp", ("block-ap",), ("quantized",), "quantized", ("model", "calibrate", "e2e_qp")),
+    "e2e-qp": Stage("e2e_qp", ("block-ap",), ("quantized", "packed"), "quantized", ("model", "calibrate", "e2e_qp")),
     "pack": Stage("pack", ("e2e-qp", "block-ap"), ("quantized", "calibration"), "packed", ("pack",)),
     "export": Stage("export", ("pack",), ("packed",), "exported", ("export",)),
     "eval": Stage("evaluate", ("pack",), ("packed", "quantized", "calibration"), "metrics", ("model", "eval", "quant")),
@@ -61,7 +62,10 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage's `run` gets: the recipe, its input (None for the first stage), where to write, log and device."""
+    """What a stage's `run` gets: the recipe, its input (None for the first stage), where to write, log and device.
+
+    `variant` names the format of an export; other stages have none.
+    """
 
     recipe: Recipe
     source: StageDirectory | None
@@ -69,6 +73,7 @@ class Job:
     run_dir: Path
     log: RunLog
     device: torch.device
+    variant: str = ""
 
     @property
     def input(self) -> StageDirectory:
@@ -82,6 +87,7 @@ def run_stage(
     recipe: Recipe,
     run_dir: Path,
     *,
+    variant: str = "",
     source: Path | None = None,
     restart: bool = False,
     device: str | None = None,
@@ -89,22 +95,23 @@ def run_stage(
 ) -> StageDirectory:
     """Run one stage to its end, or return its directory if the same recipe and input already finished it.
 
-    Resumes an interrupted run of the same stage. Errors: UsageError when recipe or input differ from what is there,
-    InputError when the input is missing or damaged, and whatever the stage raises.
+    With a `variant` the directory is `<stage>/<variant>`. Resumes an interrupted run of the same stage.
+    Errors: UsageError when recipe or input differ from what is there, InputError when the input is missing or damaged,
+    and whatever the stage raises.
     """
     stage = STAGES[name]
     log = log or RunLog()
-    path = run_dir / name
+    path = run_dir / name / variant
     with directory.locked(path):
         given = _open_input(stage, run_dir, source)
-        identity = _identity(stage, recipe, given)
+        identity = _identity(stage, recipe, given) | ({"variant": variant} if variant else {})
         if path.is_dir() and not restart:
             finished = directory.open_stage(path)
             directory.refuse_changes(finished.facts["identity"], identity, path)
             log.say(f"{name}: already finished in {path}")
             return finished
         partial = directory.begin(path, identity, restart=restart)
-        return _run(name, stage, Job(recipe, given, partial, run_dir, log, _device(device)), path, identity)
+        return _run(name, stage, Job(recipe, given, partial, run_dir, log, _device(device), variant), path, identity)
 
 
 def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]) -> StageDirectory:
@@ -113,7 +120,7 @@ def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]
     log.event("start", stage=name, device=str(job.device))
     _reset_peak(job.device)
     started = time.monotonic()
-    metrics = run(Job(job.recipe, job.source, job.out, job.run_dir, log, job.device))
+    metrics = run(replace(job, log=log))
     seconds = time.monotonic() - started
     log.event("done", stage=name, seconds=round(seconds, 3), metrics=metrics)
     facts = {
@@ -131,11 +138,15 @@ def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]
         "metrics": metrics,
     }
     finished = directory.commit(path, job.out, facts)
-    job.log.say(f"{name}: done in {duration(seconds)}, {path}")
+    job.log.say(f"{name}{' ' + job.variant if job.variant else ''}: done in {duration(seconds)}, {path}")
     return finished
 
 
 def _open_input(stage: Stage, run_dir: Path, source: Path | None) -> StageDirectory | None:
+    if stage.reads == ("checkpoint",):
+        if source is None:
+            raise UsageError("import needs --from", hint="give the directory of a GPTQ, AWQ or EfficientQAT checkpoint")
+        return directory.foreign_checkpoint(source)
     if not stage.after:
         if source is not None:
             raise UsageError("the first stage takes no --from: its input is the recipe's model.source")

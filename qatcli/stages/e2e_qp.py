@@ -8,6 +8,7 @@ with `next-token` the text is. An interrupted run continues from the last optimi
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from qatcli.errors import DivergedError
 from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear
 from qatcli.models.source import load_tokenizer, open_source
-from qatcli.packed import SCALE, PackedCheckpoint
+from qatcli.packed import SCALE, PackedCheckpoint, write_config
 from qatcli.recipe.schema import E2eQpSection
 from qatcli.shards import INDEX, load_tensors, save_tensors
 from qatcli.stages import Job
@@ -70,6 +71,7 @@ def trained_parameters(student: nn.Module, config: E2eQpSection) -> dict[str, nn
     found: dict[str, nn.Parameter] = {}
     for name, module in student.named_modules():
         if isinstance(module, PackedLinear) and "scales" in config.train:
+            module.weight_scale.data = module.weight_scale.data.float()  # a published checkpoint has them in fp16
             found[name + SCALE] = module.weight_scale
         elif "norms" in config.train:
             own = module.named_parameters(recurse=False)
@@ -255,6 +257,9 @@ def _write(job: Job, checkpoint: PackedCheckpoint, trained: dict[str, Tensor]) -
         tensors = load_tensors(checkpoint.path / name)
         tensors.update({key: trained[key].cpu().contiguous() for key in tensors.keys() & trained.keys()})
         save_tensors(job.out / Path(name).name, tensors)
-    for file in [checkpoint.path / "config.json", checkpoint.path / INDEX, *checkpoint.companion_files()]:
+    config = copy.deepcopy(checkpoint.config)
+    config["quantization_config"]["scale_dtype"] = "float32"
+    write_config(job.out, config)
+    for file in [checkpoint.path / INDEX, *checkpoint.companion_files()]:
         if file.is_file():
             shutil.copyfile(file, job.out / file.name)
