@@ -35,7 +35,7 @@ test-gpu: $(DEV) ## the tests that need a GPU
 	@$(PY) -m pytest -m gpu
 
 bench: $(DEV) ## measure the kernels on this machine
-	@$(PY) kernels/bench.py
+	@$(PY) benchmarks/kernels.py
 
 lint: $(DEV) ## ruff, formatting, types
 	@$(PY) -m ruff check .

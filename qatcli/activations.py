@@ -48,11 +48,12 @@ class StreamBudget:
                 hint="set block_ap.cache.dir to a larger disk, raise block_ap.cache.host_gb, or use fewer samples",
             )
         file = self.directory / f"{os.getpid()}-{name}.activations"
-        with open(file, "wb") as handle:  # reserved now: a full disk met through a mapping is a fatal signal
-            os.posix_fallocate(handle.fileno(), 0, size)
-        stream = torch.from_file(str(file), shared=True, size=elements, dtype=dtype).view(shape)
-        file.unlink()  # the mapping keeps it; nothing is left behind however the process ends
-        return stream
+        try:
+            with open(file, "wb") as handle:  # reserved now: a full disk met through a mapping is a fatal signal
+                os.posix_fallocate(handle.fileno(), 0, size)
+            return torch.from_file(str(file), shared=True, size=elements, dtype=dtype).view(shape)
+        finally:
+            file.unlink(missing_ok=True)  # the mapping keeps it; nothing is left behind however the process ends
 
 
 def stream_budget(host_gb: float | None, directory: Path) -> StreamBudget:

@@ -89,7 +89,8 @@ def load_quantized_block(
         return linear
 
     replace_modules(block, [name.removeprefix(prefix) for name in quants], dense)
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if not name.startswith(tuple(quants))}
+    quantized = tuple(f"{name}." for name in quants)
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if not name.startswith(quantized)}
     block.load_state_dict({name: tensor.float() for name, tensor in own.items()}, strict=False, assign=True)
     return block.eval()
 

@@ -141,8 +141,8 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any], path: Path) -> None
 
 def commit(path: Path, partial: Path, facts: dict[str, Any]) -> StageDirectory:
     """Write stage.json, fsync everything and rename the partial directory to its final name."""
-    (partial / RESUME_FILE).unlink()
-    files = sorted(file for file in partial.rglob("*") if file.is_file() and file.name != LOG_FILE)
+    not_digested = {partial / name for name in (LOG_FILE, RESUME_FILE, STAGE_FILE)}
+    files = sorted(file for file in partial.rglob("*") if file.is_file() and file not in not_digested)
     digests = {str(file.relative_to(partial)): _sha256(file) for file in files}
     facts = {"format_version": FORMAT_VERSION, **facts, "files": digests}
     write_json(partial / STAGE_FILE, facts)
@@ -157,6 +157,7 @@ def commit(path: Path, partial: Path, facts: dict[str, Any]) -> StageDirectory:
         shutil.rmtree(old)
     else:
         os.rename(partial, path)
+    (path / RESUME_FILE).unlink()  # not earlier: hashing and syncing take long, and a kill meanwhile must lose nothing
     _fsync(path.parent)
     return StageDirectory(path, facts)
 

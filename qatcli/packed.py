@@ -139,9 +139,9 @@ class PackedCheckpoint:
     def open(cls, path: Path) -> PackedCheckpoint:
         """Read config and index. InputError when `path` is not a packed checkpoint or is incomplete."""
         config = read_config(path)
-        quantization = config.get("quantization_config") or {}
-        if quantization.get("quant_method") != QUANT_METHOD:
-            found = quantization.get("quant_method", "none")
+        quantization = config.get("quantization_config")
+        found = quantization.get("quant_method", "none") if isinstance(quantization, dict) else "none"
+        if not isinstance(quantization, dict) or found != QUANT_METHOD:
             raise InputError(
                 f"{path} is not a packed qat checkpoint: quantization_config.quant_method is {found}",
                 hint="give the directory that `qat block-ap`, `qat e2e-qp` or `qat pack` wrote",
@@ -152,8 +152,8 @@ class PackedCheckpoint:
                 hint="install the qatcli release that wrote it, or make the checkpoint again",
             )
         try:
-            modules = {name: ModuleQuant(**entry) for name, entry in quantization["modules"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
+            modules = {name: _read_quant(entry) for name, entry in quantization["modules"].items()}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{path}/config.json: quantization_config.modules is malformed ({error})") from error
         shards = shard_map(path)
         missing = [n + s for n in modules for s in (PACKED, SCALE, ZERO_POINT) if n + s not in shards]
@@ -221,6 +221,15 @@ class PackedWriter:
         """Finish the shards and write `config` (with its quantization_config) as config.json."""
         self._shards.close()
         write_config(self._path, config)
+
+
+def _read_quant(entry: Mapping[str, Any]) -> ModuleQuant:
+    """An entry of quantization_config.modules. TypeError or ValueError when it describes no quantized linear."""
+    quant = ModuleQuant(**entry)
+    numbers = (quant.bits, quant.group_size, quant.in_features, quant.out_features)
+    if not all(isinstance(number, int) for number in numbers) or quant.bits not in (2, 3, 4, 8):
+        raise ValueError(f"not a quantized linear: {quant}")
+    return quant
 
 
 def read_config(path: Path) -> dict[str, Any]:

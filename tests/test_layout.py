@@ -149,7 +149,7 @@ def test_the_kernels_know_nothing_of_qatcli() -> None:
 
 def test_stages_do_not_import_each_other() -> None:
     modules = {stage.module for stage in STAGES.values()}
-    assert modules == {"calibrate", "block_ap", "e2e_qp", "pack", "export", "evaluate"}
+    assert modules >= {"calibrate", "block_ap", "e2e_qp", "pack", "export", "evaluate"}
     checked = 0
     for module in modules:
         others = {f"qatcli.stages.{other}" for other in modules - {module}}

@@ -57,15 +57,14 @@ class QuantizedMatmul(torch.autograd.Function):
         ctx.save_for_backward(x_for_scale, packed, scale, zero_point)
         ctx.bits, ctx.group_size, ctx.backend = bits, group_size, backend
         ctx.in_features, ctx.dtype = x.shape[-1], x.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            return linear(x, _weight(ctx, packed, scale, zero_point))
+        return linear(x, _weight(ctx, packed, scale, zero_point))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, packed, scale, zero_point = ctx.saved_tensors
         d_x = d_scale = None
-        with torch.autocast(grad_out.device.type, enabled=False):
+        with torch.autocast(grad_out.device.type, enabled=False):  # the dtype was settled in the forward pass
             if ctx.needs_input_grad[0]:
                 d_x = grad_out @ _weight(ctx, packed, scale, zero_point)
             if ctx.needs_input_grad[2]:

@@ -33,7 +33,7 @@ def pack(codes: Tensor, *, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, *, bits: int, length: int) -> Tensor:
     """Unpack the first length values of each row of packed int32 [R, W] into uint8 [R, length]."""
-    packed = packed.contiguous()
+    packed = packed.contiguous().view(-1).view(packed.shape)  # a column's strides count as contiguous, but are not 1
     if bits == 8:
         return packed.view(torch.uint8)[:, :length].clone(memory_format=torch.contiguous_format)
     lanes = _lanes(packed, bits=bits, count=-(-length // VALUES))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -49,7 +49,7 @@ class ModelSource:
         return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, in the dtype of the file. InputError names the first that is absent."""
+        """The named tensors, in the dtype of the file. InputError when one is absent or its file is damaged."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             if name not in self.shards:
@@ -57,8 +57,11 @@ class ModelSource:
             by_file.setdefault(self.shards[name], []).append(name)
         tensors: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
-            with safe_open(self.path / file, framework="pt") as handle:
-                tensors.update({name: handle.get_tensor(name) for name in wanted})
+            try:
+                with safe_open(self.path / file, framework="pt") as handle:
+                    tensors.update({name: handle.get_tensor(name) for name in wanted})
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{self.path / file} cannot be read: {error}") from error
         return tensors
 
     def load_model(self, dtype: torch.dtype | str, device: torch.device) -> Any:

@@ -101,6 +101,7 @@ def run_stage(
     """
     stage = STAGES[name]
     log = log or RunLog()
+    chosen = _device(device)
     path = run_dir / name / variant
     with directory.locked(path):
         given = _open_input(stage, run_dir, source)
@@ -111,7 +112,7 @@ def run_stage(
             log.say(f"{name}: already finished in {path}")
             return finished
         partial = directory.begin(path, identity, restart=restart)
-        return _run(name, stage, Job(recipe, given, partial, run_dir, log, _device(device), variant), path, identity)
+        return _run(name, stage, Job(recipe, given, partial, run_dir, log, chosen, variant), path, identity)
 
 
 def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]) -> StageDirectory:

@@ -112,9 +112,8 @@ def _train(
         generator=torch.Generator().manual_seed(recipe.calibrate.seed * 1_000_003 + index),
         device=job.device,
     )
-    others = {
-        f"{prefix}.{n}": p for n, p in block.named_parameters() if f"{prefix}.{n.rpartition('.')[0]}" not in quants
-    }
+    state = block.state_dict()  # with the buffers that the checkpoint keeps
+    others = {f"{prefix}.{n}": t for n, t in state.items() if f"{prefix}.{n.rpartition('.')[0]}" not in quants}
     save_block(job.out, index, export_students(students), others)
     event = {"index": index, **asdict(result), "seconds": round(time.monotonic() - started, 3)}
     job.log.event("block", **event)

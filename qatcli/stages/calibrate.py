@@ -143,7 +143,8 @@ def _round_block(
         linears[name] = QuantizedLinear(codes, scale, zero_point.to(torch.uint8), **shape, bias=linear.bias)
         errors[name] = relative_error(weight, scale, zero_point, **shape, moment=moment)
     if not block_file(job.out, index).is_file():
-        others = {prefix + n: t for n, t in block.state_dict().items() if not (prefix + n).startswith(tuple(quants))}
+        quantized = tuple(f"{name}." for name in quants)
+        others = {prefix + n: t for n, t in block.state_dict().items() if not (prefix + n).startswith(quantized)}
         save_block(job.out, index, linears, others)
     job.log.event("block", index=index, relative_error=errors)
     return errors

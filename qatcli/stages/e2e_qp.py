@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qatcli.data import Windows, load_windows, sample_windows, save_windows
@@ -22,6 +21,7 @@ from qatcli.data.store import FILE as WINDOWS
 from qatcli.errors import DivergedError
 from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear
+from qatcli.losses import token_loss
 from qatcli.models.source import load_tokenizer, open_source
 from qatcli.packed import SCALE, PackedCheckpoint, write_config
 from qatcli.recipe.schema import E2eQpSection
@@ -79,19 +79,6 @@ def trained_parameters(student: nn.Module, config: E2eQpSection) -> dict[str, nn
     return found
 
 
-def token_loss(student: Tensor, teacher: Tensor | None, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Sum over target tokens of the KL divergence from the teacher, or of the cross-entropy without one.
-
-    Logits [B, T, V]; position t predicts token t + 1, which counts when its mask is true.
-    """
-    keep = mask[:, 1:]
-    predicted = F.log_softmax(student[:, :-1][keep].float(), dim=-1)
-    if teacher is None:
-        return F.nll_loss(predicted, tokens[:, 1:][keep], reduction="sum")
-    target = F.log_softmax(teacher[:, :-1][keep].float(), dim=-1)
-    return F.kl_div(predicted, target, reduction="sum", log_target=True)
-
-
 class _Trainer:
     """The loop and its state: what has to survive an interruption is exactly what `_save` writes."""
 
@@ -123,6 +110,7 @@ class _Trainer:
             return {"steps": 0, "loss": config.loss, "before": loss, "after": loss}
         optimizer = adamw(self._groups(schedule))
         start = self._load(optimizer)
+        self.student.train(config.gradient_checkpointing)  # checkpointing only works in training mode
         if start == 0:
             self.first_loss = self.best_loss = self.validate()
             log.event("validation", step=0, loss=self.first_loss)
@@ -183,7 +171,7 @@ class _Trainer:
         total = 0.0
         for part in torch.arange(len(self.held_out)).split(self.config.micro_batch_size):
             total += float(self._loss(self.held_out[part]))
-        self.student.train(self.config.gradient_checkpointing)  # checkpointing only works in training mode
+        self.student.train(self.config.gradient_checkpointing)
         return total / max(1, self.held_out.targets)
 
     def _keep_best(self, step: int) -> None:

@@ -56,6 +56,7 @@ for capability in (80, 90):
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a100_and_h100(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -94,6 +94,16 @@ def test_autocast_casts_x_as_a_linear_layer_does(backend: str, device: str) -> N
         assert_close(gradient, exact, TOLERANCE[torch.bfloat16])
 
 
+def test_a_backward_pass_under_autocast_keeps_the_dtype_of_the_forward_pass(backend: str, device: str) -> None:
+    layer = Layer((6, 96, 32), 2, device)
+    x = torch.randn(4, 96, device=device, requires_grad=True)
+    loss = layer(x).square().sum()
+    expected = torch.autograd.grad(loss, [x, layer.scale], retain_graph=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        gradients = torch.autograd.grad(loss, [x, layer.scale])
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(backend: str, device: str, use_reentrant: bool) -> None:
     layer = Layer((6, 96, 32), 2, device)
