@@ -29,7 +29,16 @@ from qatcli.packed import PackedCheckpoint
 WINDOW, WINDOWS = 256, 4
 PROMPT = "The capital of France is"
 Logits = Callable[[list[int]], NDArray[np.float32]]
-COLUMNS = ("bits", "format", "MB", "bits/weight", "integers equal", "largest logit difference", "perplexity", "verified by")
+COLUMNS = (
+    "bits",
+    "format",
+    "MB",
+    "bits/weight",
+    "integers equal",
+    "largest logit difference",
+    "perplexity",
+    "verified by",
+)
 
 
 def main() -> None:
@@ -45,9 +54,7 @@ def main() -> None:
     for path in arguments.packed:
         checkpoint = PackedCheckpoint.open(path)
         ids = load_tokenizer(path)(arguments.text.read_text(encoding="utf-8")[:20_000])["input_ids"]
-        model = dense_model(checkpoint)
-        reference = perplexity(lambda window: logits(model, np.array([window]))[0], ids)
-        del model
+        reference = reference_perplexity(checkpoint, ids)
         print(f"| {bits_of(checkpoint)} | (checkpoint) | | | | | {reference:.4f} | transformers, fp32 |", flush=True)
         for name in arguments.formats.split(","):
             rows.append(row := measure(checkpoint, name, ids))
@@ -87,6 +94,12 @@ def measure(checkpoint: PackedCheckpoint, name: str, ids: list[int]) -> dict[str
                 row["perplexity"] = round(perplexity(model.logits, ids), 4)
                 row["text"] = model.generate(PROMPT, 12)
     return row
+
+
+def reference_perplexity(checkpoint: PackedCheckpoint, ids: list[int]) -> float:
+    """Perplexity of the checkpoint itself."""
+    model = dense_model(checkpoint)
+    return perplexity(lambda window: logits(model, np.array([window]))[0], ids)
 
 
 def perplexity(logits_of: Logits, ids: list[int]) -> float:

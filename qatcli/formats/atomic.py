@@ -1,0 +1,48 @@
+"""A directory that appears complete under its name or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qatcli.errors import InputError, ResourceError
+
+
+@contextmanager
+def atomic_directory(out: Path) -> Iterator[Path]:
+    """Yield a sibling working directory; on success sync its files and rename it to `out`, else remove it.
+
+    Raises InputError when `out` exists and is not an empty directory, ResourceError when the disk is full.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already", hint="remove it, or export to another directory")
+    work = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed
+    work.mkdir(parents=True)
+    try:
+        yield work
+        for file in sorted(work.rglob("*")):
+            _sync(file)
+        _sync(work)
+        os.replace(work, out)
+        _sync(out.parent)
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"no space left while writing {out}", hint="free space and export again") from error
+        raise
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,67 @@
+"""BitBLAS export: GPTQModel's pre-packed kernel layout, written with numpy because importing bitblas needs a GPU.
+
+Tensors are in `layouts.bitblas`; 3-bit codes ride in a 4-bit container, so the config says 4 bits. No reader of this
+layout runs without CUDA: verification is our independent reader, which the golden vectors prove.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from qatcli.formats import deployment, readback, source
+from qatcli.formats.compare import TensorFiles, compare_directory
+from qatcli.formats.contract import ExportOptions, Verification
+from qatcli.formats.gptq import quantization_config, refuse_sizes
+from qatcli.formats.layouts import bitblas as layout
+from qatcli.formats.model_directory import write_directory
+from qatcli.packed import PackedCheckpoint
+
+BITS = (2, 3, 4, 8)
+GROUPS = (-1, 32, 64, 128)
+_CONTAINERS = {bits: layout.container_bits(bits) for bits in BITS}
+_NOTE = "not run in GPTQModel: its BitBLAS kernel needs CUDA; the integers were compared"
+
+
+def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> None:
+    """Write the BitBLAS directory. QatError for group sizes, sizes or bits its kernel would misread."""
+    source.refuse_quantized_head(checkpoint, "bitblas")
+    refuse_sizes(checkpoint, "bitblas", 32)
+    groups = [f"{n} (group {q.group_size})" for n, q in checkpoint.modules.items() if q.group_size not in GROUPS]
+    source.refuse_if(groups, f"bitblas takes group sizes {list(GROUPS)}", hint="export gptq, which takes any")
+    symmetric = source.survey(checkpoint)
+    eight = [name for name, quant in checkpoint.modules.items() if quant.bits == 8 and not symmetric]
+    source.refuse_if(
+        eight,
+        "GPTQModel reads asymmetric 8-bit BitBLAS zero points wrongly (it masks them to 4 bits)",
+        hint="export gptq or compressed-tensors",
+    )
+    config = quantization_config(checkpoint, symmetric=False, layout_name="bitblas", containers=_CONTAINERS)
+    write_directory(
+        checkpoint,
+        out,
+        format_name="bitblas",
+        pack_linear=partial(_pack, zeros_name=options.bitblas_zeros),
+        quantization=config,
+        deployments=deployment.bitblas(options.bitblas_zeros),
+        max_shard_bytes=options.max_shard_bytes,
+        extra_files={"quantize_config.json": config},
+    )
+
+
+def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
+    """Undo interleave and compression with the independent reader and compare the integers."""
+    suffixes = ("qweight", options.bitblas_zeros, "scales")
+    read = partial(_read, checkpoint, options.bitblas_zeros)
+    found = compare_directory(checkpoint, out, "bitblas", read, suffixes=suffixes)
+    return found.with_note(_NOTE)
+
+
+def _pack(linear: source.Arrays, *, zeros_name: str) -> layout.Arrays:
+    return layout.pack_linear(linear.codes, linear.zero_point, linear.scale, bits=linear.bits, zeros_name=zeros_name)
+
+
+def _read(checkpoint: PackedCheckpoint, zeros_name: str, files: TensorFiles, name: str) -> readback.Triple:
+    qweight, zeros, scales = (files.array(f"{name}.{suffix}") for suffix in ("qweight", zeros_name, "scales"))
+    stored = qweight.shape[1] * 8 // checkpoint.modules[name].in_features
+    return readback.bitblas(qweight, zeros, scales, bits=stored)

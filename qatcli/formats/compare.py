@@ -1,0 +1,136 @@
+"""Integer comparison of an export with the checkpoint it was made from: exact equality, no tolerance.
+
+Every tensor of the export is accounted for: quantized linears through the independent readers, all others byte for
+byte against their cast source. An unexpected or missing tensor is a difference, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qatcli.errors import InputError
+from qatcli.formats import source
+from qatcli.formats.contract import Verification
+from qatcli.formats.model_directory import bias_and_dense
+from qatcli.formats.readback import Triple
+from qatcli.packed import PackedCheckpoint
+from qatcli.shards import shard_map
+
+READER = "qat's independent reader"
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """The tensors of a safetensors directory, read one at a time."""
+
+    path: Path
+    shards: Mapping[str, str]
+
+    @classmethod
+    def open(cls, path: Path) -> TensorFiles:
+        """InputError when `path` has no readable safetensors file."""
+        return cls(path, shard_map(path))
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor. KeyError when it is not there, InputError when its file is damaged."""
+        file = self.path / self.shards[name]
+        try:
+            with safe_open(file, framework="pt") as handle:
+                return handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: cannot read `{name}`: {error}") from error
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One tensor as numpy."""
+        return self.tensor(name).numpy()
+
+
+ReadLinear = Callable[[TensorFiles, str], Triple]
+
+
+@dataclass
+class Tally:
+    """Differences found so far, by kind."""
+
+    modules: int = 0
+    codes: list[str] = field(default_factory=list)
+    zero_points: list[str] = field(default_factory=list)
+    scales: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    def compare(self, name: str, found: Triple, expected: source.Arrays) -> None:
+        """Compare one linear; shapes count."""
+        self.modules += 1
+        for kind, left, right in (
+            (self.codes, found.codes, expected.codes),
+            (self.zero_points, found.zero_point, expected.zero_point),
+            (self.scales, found.scale.astype(np.float32), expected.scale.astype(np.float32)),
+        ):
+            if left.shape != right.shape:
+                kind.append(f"{name}: shape {list(left.shape)} instead of {list(right.shape)}")
+            elif not np.array_equal(left, right):
+                kind.append(f"{name}: {np.count_nonzero(left != right)} of {right.size} values differ")
+
+    def verification(self, format_name: str, *, verifier: str = READER, notes: Iterable[str] = ()) -> Verification:
+        """The result so far."""
+        named = (("codes", self.codes), ("zero points", self.zero_points), ("scales", self.scales))
+        differences = [f"{kind} of {entry}" for kind, entries in named for entry in entries] + self.others
+        return Verification(
+            format_name,
+            verifier,
+            self.modules,
+            codes_equal=not self.codes,
+            zero_points_equal=not self.zero_points,
+            scales_equal=not self.scales,
+            differences=tuple(differences),
+            notes=tuple(notes),
+        )
+
+
+def compare_directory(
+    checkpoint: PackedCheckpoint,
+    out: Path,
+    format_name: str,
+    read_linear: ReadLinear,
+    *,
+    suffixes: Iterable[str],
+    expected: Callable[[str], source.Arrays] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Verification:
+    """Compare all tensors of the export `out`.
+
+    `read_linear` reads one linear with independent code; `suffixes` are the names its tensors may have; `expected`
+    overrides what the linear should be (groups that were expanded).
+    """
+    expected = expected or (lambda name: source.arrays(checkpoint, name))
+    tally = Tally()
+    try:
+        files = TensorFiles.open(out)
+    except InputError as error:
+        tally.others.append(error.message)
+        return tally.verification(format_name)
+    for name in checkpoint.modules:
+        try:
+            tally.compare(name, read_linear(files, name), expected(name))
+        except KeyError as error:
+            tally.others.append(f"tensor {error.args[0]} is missing")
+        except (ValueError, InputError) as error:
+            tally.others.append(f"{name} cannot be read: {error}")
+    copies = bias_and_dense(checkpoint, dtype)
+    for name, read in copies.items():
+        if name not in files.shards:
+            tally.others.append(f"tensor {name} is missing")
+        elif not torch.equal(files.tensor(name), read()):
+            tally.others.append(f"tensor {name} differs from its source")
+    known = {f"{name}.{suffix}" for name in checkpoint.modules for suffix in suffixes} | copies.keys()
+    tally.others += [f"tensor {name} is unexpected" for name in files.shards if name not in known]
+    return tally.verification(format_name)

@@ -1,0 +1,69 @@
+"""Dense export: an ordinary half-precision Hugging Face checkpoint with the quantized values, for any tool.
+
+`X.weight` = (q - z) * s from fp16 scales: exact in fp32, rounded once to `dtype`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qatcli.formats import deployment, readback, source
+from qatcli.formats.compare import TensorFiles, compare_directory
+from qatcli.formats.contract import ExportOptions, Verification
+from qatcli.formats.model_directory import write_directory
+from qatcli.formats.runtimes import verify_in
+from qatcli.packed import PackedCheckpoint
+
+BITS = (2, 3, 4, 8)
+
+
+def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> None:
+    """Write the dense directory in `options.dtype`."""
+    source.survey(checkpoint)
+    dtype = getattr(torch, options.dtype)
+    write_directory(
+        checkpoint,
+        out,
+        format_name="dense",
+        pack_linear=partial(_weight, dtype=dtype),
+        quantization=None,
+        deployments=deployment.dense(),
+        max_shard_bytes=options.max_shard_bytes,
+        dtype=dtype,
+    )
+
+
+def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
+    """Recover the codes by division, compare every weight bit for bit, and run the directory in transformers."""
+    dtype = getattr(torch, options.dtype)
+    read = partial(_read, checkpoint, dtype)
+    found = compare_directory(checkpoint, out, "dense", read, suffixes=("weight",), dtype=dtype)
+    return verify_in(found, ("transformers-dense",), checkpoint, out) if options.runtimes else found
+
+
+def _weight(linear: source.Arrays, *, dtype: torch.dtype) -> dict[str, Tensor]:
+    groups = linear.scale.shape[1]
+    level = torch.from_numpy(linear.codes.reshape(len(linear.codes), groups, -1)).float()
+    level -= torch.from_numpy(linear.zero_point)[..., None]
+    weight = level * torch.from_numpy(linear.scale)[..., None].float()
+    return {"weight": source.cast("weight", weight.reshape(linear.codes.shape), dtype)}
+
+
+def _read(checkpoint: PackedCheckpoint, dtype: torch.dtype, files: TensorFiles, name: str) -> readback.Triple:
+    weight = files.tensor(name + ".weight")
+    linear = source.arrays(checkpoint, name)
+    columns = weight.shape[1] // linear.scale.shape[1]
+    zero, scale = (np.repeat(a.astype(np.float64), columns, axis=1) for a in (linear.zero_point, linear.scale))
+    ratio = weight.double().numpy() / np.where(scale == 0, 1, scale)
+    codes = np.clip(np.rint(ratio) + zero, 0, 255)
+    wrong = np.count_nonzero(
+        weight.double().numpy() != torch.from_numpy((codes - zero) * scale).to(dtype).double().numpy()
+    )
+    if weight.dtype != dtype or wrong:
+        raise ValueError(f"{wrong} weights are no multiples of their step, or the type {weight.dtype} is not {dtype}")
+    return readback.Triple(codes.astype(np.uint8), linear.zero_point, linear.scale)

@@ -1,0 +1,189 @@
+"""Comparison of a GGUF file with its checkpoint, by our own reader of container and blocks (`gguf_readback`).
+
+GGUF stores no zero points: a block type either holds q - z, or q with the offset -s z. Both are recovered exactly;
+Q4_1 keeps its offset in fp16, so there the offset must be -s z rounded to fp16. Row order is computed here by formula,
+not by the writer's permutation.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qatcli.errors import InputError
+from qatcli.formats import source
+from qatcli.formats.compare import READER, Tally
+from qatcli.formats.contract import Verification
+from qatcli.formats.gguf_readback import Decoded, GgufFile, decode, open_gguf
+from qatcli.packed import PackedCheckpoint
+
+_LEAVES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_GEMMA_LEAVES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def compare_file(checkpoint: PackedCheckpoint, file: Path, *, embedding: str) -> Verification:
+    """Compare every tensor of `file`; metadata is checked where a wrong value would change what the model computes."""
+    tally = Tally()
+    try:
+        found = open_gguf(file)
+    except InputError as error:
+        tally.others.append(error.message)
+        return tally.verification("gguf")
+    expected_names = {"rope_freqs.weight"}
+    for name in checkpoint.modules:
+        expected_names.add(_compare_linear(checkpoint, name, found, tally))
+    biases = [name + ".bias" for name in checkpoint.modules if name + ".bias" in checkpoint.shards]
+    for name in biases + source.dense_tensor_names(checkpoint):
+        target = gguf_name(checkpoint, name)
+        expected_names.add(target)
+        difference = _dense_difference(checkpoint, name, target, found, embedding)
+        tally.others += [f"tensor {target} {difference}"] if difference else []
+    tally.others += [f"tensor {name} is unexpected" for name in found.tensors if name not in expected_names]
+    tally.others += _metadata_differences(checkpoint, found)
+    notes = [f"block types: {', '.join(sorted({entry.type_name for entry in found.tensors.values()}))}"]
+    return tally.verification("gguf", verifier=READER, notes=notes)
+
+
+def gguf_name(checkpoint: PackedCheckpoint, name: str) -> str:
+    """The GGUF name of a Hugging Face tensor, without the gguf package. KeyError when it has none."""
+    module, _, suffix = name.rpartition(".")
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    if match is None:
+        return f"{_TOP[module]}.{suffix}"
+    gemma = _GEMMA_LEAVES if checkpoint.config["model_type"].startswith("gemma3") else {}
+    return f"blk.{match[1]}.{gemma.get(match[2]) or _LEAVES[match[2]]}.{suffix}"
+
+
+def file_rows(checkpoint: PackedCheckpoint, name: str, rows: int) -> NDArray[np.int64]:
+    """Where row r of a Hugging Face tensor is in the file: halves of a head become even and odd rows for Llama."""
+    index = np.arange(rows)
+    leaf = name.split(".")[-2]
+    config = checkpoint.config
+    if config["model_type"] not in ("llama", "mistral") or leaf not in ("q_proj", "k_proj"):
+        return index
+    width = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    inside = index % width
+    return index - inside + inside % (width // 2) * 2 + inside // (width // 2)
+
+
+def _compare_linear(checkpoint: PackedCheckpoint, name: str, found: GgufFile, tally: Tally) -> str:
+    target = gguf_name(checkpoint, name + ".weight")
+    tally.modules += 1
+    if target not in found.tensors:
+        tally.others.append(f"tensor {target} is missing")
+        return target
+    linear = source.arrays(checkpoint, name)
+    entry = found.tensors[target]
+    if entry.shape != linear.codes.shape:
+        tally.codes.append(f"{name}: shape {list(entry.shape)} instead of {list(linear.codes.shape)}")
+        return target
+    try:
+        rows = found.rows(target)[file_rows(checkpoint, name + ".weight", len(linear.codes))]
+        decoded = decode(entry.type_name, rows)
+    except (InputError, ValueError, KeyError) as error:
+        tally.others.append(f"{target} cannot be read: {error}")
+        return target
+    for kind, wrong in zip(
+        (tally.codes, tally.zero_points, tally.scales), _differences(decoded, linear, entry.type_name), strict=True
+    ):
+        if wrong:
+            kind.append(f"{name}: {wrong} values differ")
+    return target
+
+
+def _differences(found: Decoded, linear: source.Arrays, type_name: str) -> tuple[int, int, int]:
+    """How many codes, zero points and scales differ."""
+    blocks = found.scale.shape[1]
+    scale, zero = (
+        np.repeat(a.astype(np.float32), blocks // a.shape[1], axis=1) for a in (linear.scale, linear.zero_point)
+    )
+    width = linear.codes.shape[1] // blocks
+    sign = np.where(found.scale < 0, -1, 1)
+    wrong_scales = int(np.count_nonzero(np.abs(found.scale) != scale))
+    levels = found.levels * np.repeat(sign, width, axis=1)
+    if found.offset is None:
+        expected = linear.codes.astype(np.int16) - np.repeat(zero, width, axis=1).astype(np.int16)
+        wrong = levels != expected
+        # A whole block moved by the same amount is a zero point that differs, anything else are codes.
+        moved = (levels - expected).reshape(len(levels), blocks, width)
+        shifted = (moved == moved[..., :1]).all(axis=-1) & (moved[..., 0] != 0)
+        return int(wrong.sum()) - int(shifted.sum()) * width, int(shifted.sum()), wrong_scales
+    offset = -scale * zero
+    if type_name == "Q4_1":
+        offset = offset.astype(np.float16).astype(np.float32)
+    wrong_codes = int(np.count_nonzero(levels != linear.codes))
+    return wrong_codes, int(np.count_nonzero(found.offset != offset)), wrong_scales
+
+
+def _dense_difference(
+    checkpoint: PackedCheckpoint, name: str, target: str, found: GgufFile, embedding: str
+) -> str | None:
+    """What is wrong with an unquantized tensor, or None."""
+    if target not in found.tensors:
+        return "is missing"
+    entry = found.tensors[target]
+    tensor = checkpoint.tensor(name).float().numpy()
+    if checkpoint.config["model_type"].startswith("gemma3") and name.endswith("norm.weight"):
+        tensor = tensor + np.float32(1)
+    wanted = "F32" if tensor.ndim == 1 else "F16"
+    if embedding == "Q8_0" and target in ("token_embd.weight", "output.weight") and tensor.shape[1] % 32 == 0:
+        wanted = "Q8_0"
+    if entry.type_name != wanted or entry.shape != tensor.shape:
+        return f"is {entry.type_name} {list(entry.shape)}, expected {wanted} {list(tensor.shape)}"
+    try:
+        rows = found.rows(target)
+    except InputError as error:
+        return f"cannot be read: {error.message}"
+    if wanted == "Q8_0":
+        return None if _is_eight_bit_rounding(decode("Q8_0", rows), tensor) else "is no 8-bit rounding of its source"
+    kind = np.dtype("<f4" if wanted == "F32" else "<f2")
+    stored = np.frombuffer(rows.tobytes(), kind).reshape(tensor.shape)
+    same = np.array_equal(stored[file_rows(checkpoint, name, len(tensor))], tensor.astype(kind))
+    return None if same else "differs from its source"
+
+
+def _is_eight_bit_rounding(found: Decoded, tensor: NDArray[np.float32]) -> bool:
+    """Within three quarters of a step: half for the level, the rest for the scale's own rounding to fp16."""
+    largest = np.abs(tensor).reshape(len(tensor), -1, 32).max(axis=-1)
+    value = found.levels * np.repeat(found.scale, 32, axis=1)
+    return bool(np.all(np.abs(value - tensor) <= np.repeat(0.75 * largest / 127, 32, axis=1) + 1e-7))
+
+
+def _metadata_differences(checkpoint: PackedCheckpoint, found: GgufFile) -> list[str]:
+    config, kind = checkpoint.config, found.fields.get("general.architecture")
+    wanted = {
+        f"{kind}.block_count": config["num_hidden_layers"],
+        f"{kind}.embedding_length": config["hidden_size"],
+        f"{kind}.feed_forward_length": config["intermediate_size"],
+        f"{kind}.attention.head_count": config["num_attention_heads"],
+        f"{kind}.vocab_size": config["vocab_size"],
+    }
+    differences = [
+        f"{key} is {found.fields.get(key)} instead of {value}"
+        for key, value in wanted.items()
+        if found.fields.get(key) != value
+    ]
+    tokens = found.fields.get("tokenizer.ggml.tokens", [])
+    if len(tokens) != config["vocab_size"]:
+        differences.append(f"the file has {len(tokens)} tokens instead of {config['vocab_size']}")
+    return differences

@@ -1,0 +1,135 @@
+"""GPTQ export: version 2 ("gptq_v2") for asymmetric models, version 1 when every zero point is 2^(bits-1).
+
+Tensors are in `layouts.gptq`. config.json["quantization_config"] and an identical quantize_config.json say bits,
+group size, `sym` (its absence would mean true) and the version; linears that stay dense are `"-:regex"` entries of
+`dynamic`, linears with other bits or groups `"+:regex"` entries, as GPTQModel, vLLM and SGLang read them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qatcli import __version__
+from qatcli.formats import deployment, readback, source
+from qatcli.formats.compare import TensorFiles, compare_directory
+from qatcli.formats.contract import ExportOptions, Verification
+from qatcli.formats.layouts import gptq as layout
+from qatcli.formats.model_directory import write_directory
+from qatcli.formats.runtimes import verify_in
+from qatcli.packed import PackedCheckpoint, read_config
+
+BITS = (2, 3, 4, 8)
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+# vLLM and SGLang merge these linears and look the merged name up in `dynamic`.
+_MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> None:
+    """Write the GPTQ directory. QatError for sizes that are no multiples of 32 or a quantized output head."""
+    source.refuse_quantized_head(checkpoint, "gptq")
+    refuse_sizes(checkpoint, "gptq", 32)
+    symmetric = source.survey(checkpoint)
+    config = quantization_config(checkpoint, symmetric=symmetric, layout_name="gptq" if symmetric else "gptq_v2")
+    write_directory(
+        checkpoint,
+        out,
+        format_name="gptq",
+        pack_linear=partial(_pack, version=1 if symmetric else 2),
+        quantization=config,
+        deployments=deployment.gptq(checkpoint, symmetric=symmetric),
+        max_shard_bytes=options.max_shard_bytes,
+        extra_files={"quantize_config.json": config},
+    )
+
+
+def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
+    """Read the integers back as the directory's own config says they are stored, then load it where installed."""
+    found = compare_directory(checkpoint, out, "gptq", partial(_read, _settings(out)), suffixes=SUFFIXES)
+    return verify_in(found, ("gptqmodel", "transformers"), checkpoint, out) if options.runtimes else found
+
+
+def refuse_sizes(checkpoint: PackedCheckpoint, format_name: str, multiple: int) -> None:
+    """QatError naming the linears whose sides are no multiples of `multiple`."""
+    wrong = [
+        f"{name} [{quant.out_features}, {quant.in_features}]"
+        for name, quant in checkpoint.modules.items()
+        if quant.out_features % multiple or quant.in_features % multiple
+    ]
+    hint = "put them into quant.skip so that they stay dense, or export compressed-tensors, which takes any size"
+    source.refuse_if(wrong, f"{format_name} needs sizes that are multiples of {multiple}", hint=hint)
+
+
+def quantization_config(
+    checkpoint: PackedCheckpoint, *, symmetric: bool, layout_name: str, containers: dict[int, int] | None = None
+) -> dict[str, Any]:
+    """The GPTQ quantization_config. `containers` maps bits to what the file stores (BitBLAS: 3 in 4)."""
+    stored = containers or {}
+    kinds = {name: (stored.get(q.bits, q.bits), q.group_size) for name, q in checkpoint.modules.items()}
+    main_bits, group_size = source.majority(checkpoint)
+    bits = stored.get(main_bits, main_bits)
+    others: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, kind in kinds.items():
+        if kind != (bits, group_size):
+            others[kind].append(name)
+    dynamic: dict[str, dict[str, int]] = {}
+    for (other_bits, other_group), names in others.items():
+        settings = {"bits": other_bits, "group_size": other_group}
+        dynamic |= {f"+:{pattern}": settings for pattern in patterns(names)}
+    dynamic |= {f"-:{pattern}": {} for pattern in patterns(source.dense_linears(checkpoint))}
+    return {
+        "quant_method": "gptq",
+        "method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": symmetric,
+        "desc_act": False,
+        "checkpoint_format": layout_name,
+        "format": layout_name,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "true_sequential": True,
+        "damp_percent": 0.01,
+        "dynamic": dynamic,
+        "meta": {"quantizer": [f"qat:{__version__}"]},
+    }
+
+
+def patterns(names: Iterable[str]) -> list[str]:
+    """One anchored regular expression per parent module; a merged name is added where all of its parts are there."""
+    leaves: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        leaves[parent].append(leaf)
+    found = []
+    for parent, group in leaves.items():
+        group += [merged for merged, parts in _MERGED.items() if set(parts) <= set(group)]
+        prefix = re.escape(parent + ".") if parent else ""
+        found.append(f"^{prefix}({'|'.join(map(re.escape, group))})$")
+    return found
+
+
+def _pack(linear: source.Arrays, *, version: int) -> layout.Arrays:
+    return layout.pack_linear(linear.codes, linear.zero_point, linear.scale, bits=linear.bits, version=version)
+
+
+def _settings(out: Path) -> dict[str, Any]:
+    return dict(read_config(out).get("quantization_config") or {})
+
+
+def _read(settings: dict[str, Any], files: TensorFiles, name: str) -> readback.Triple:
+    bits = settings["bits"]
+    for pattern, override in settings.get("dynamic", {}).items():
+        if pattern.startswith("+:") and re.match(pattern[2:], name):
+            bits = override["bits"]
+        if pattern.startswith("-:") and re.match(pattern[2:], name):
+            raise ValueError("the config says that it is not quantized")
+    qweight, qzeros, scales, g_idx = (files.array(f"{name}.{suffix}") for suffix in SUFFIXES)
+    if (g_idx != [k * len(scales) // len(g_idx) for k in range(len(g_idx))]).any():
+        raise ValueError("g_idx is not in order")
+    minus_one = settings.get("checkpoint_format") == "gptq"
+    return readback.gptq(qweight, qzeros, scales, bits=bits, stored_minus_one=minus_one)

@@ -1,0 +1,119 @@
+"""Checkpoints of other tools become our packed form, so that eval, export and e2e-qp work on them.
+
+    import_checkpoint(Path("Llama-2-7b-EfficientQAT-w2g64"), Path("packed"))
+
+Read are EfficientQAT's native checkpoints (3 bits at 10 codes per word), GPTQ versions 1 and 2 and AWQ (gemm). Codes,
+zero points and scales are taken as they are: nothing is quantized again. Left out: activation order (`desc_act` with
+columns out of order), which our layout cannot say, and pickled files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qatcli.errors import InputError
+from qatcli.formats import readback
+from qatcli.formats.atomic import atomic_directory
+from qatcli.formats.compare import TensorFiles
+from qatcli.formats.importing.linears import Storage, read_linear, storage_of
+from qatcli.packed import PackedWriter, QuantizedLinear, companion_files, quantization_config, read_config
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def import_checkpoint(path: Path, out: Path) -> None:
+    """Write the packed form of the checkpoint at `path` to `out`, complete or not at all.
+
+    InputError when it is none of the known kinds, when a tensor is missing or has a shape that fits no layout, or when
+    its columns were reordered by activation.
+    """
+    files = TensorFiles.open(path)
+    config = read_config(path)
+    settings = _settings(path, config)
+    storage = storage_of(path, settings)
+    names = sorted(name.removesuffix(".qweight") for name in files.shards if name.endswith(".qweight"))
+    if not names:
+        raise InputError(
+            f"{path} has no tensor *.qweight", hint="only GPTQ, AWQ and EfficientQAT checkpoints are imported"
+        )
+    sizes = _linear_sizes(config)
+    with atomic_directory(out) as work:
+        writer = PackedWriter(work)
+        symmetric = True
+        for name in names:
+            linear = _import_linear(files, name, storage, sizes)
+            symmetric = symmetric and bool((linear.zero_point == 1 << (linear.bits - 1)).all())
+            writer.add_linear(name, linear)
+        taken = {f"{name}.{part}" for name in names for part in (*PARTS, "bias")}
+        for name in files.shards:
+            if name not in taken:
+                writer.add_tensor(name, files.tensor(name))
+        first = writer.modules[names[0]]
+        quantization = quantization_config(
+            writer.modules,
+            bits=int(settings.get("bits", first.bits)),
+            group_size=int(settings.get("group_size", first.group_size)),
+            symmetric=symmetric,
+            scale_dtype=files.tensor(names[0] + ".scales").dtype,
+        )
+        writer.close({**config, "quantization_config": quantization})
+        for file in companion_files(path):
+            shutil.copyfile(file, work / file.name)
+
+
+def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantization settings: config.json's, else quantize_config.json's, else none (EfficientQAT native)."""
+    beside = path / "quantize_config.json"
+    if config.get("quantization_config"):
+        return dict(config["quantization_config"])
+    if beside.is_file():
+        return dict(json.loads(beside.read_text(encoding="utf-8")))
+    return {}
+
+
+def _linear_sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every linear the architecture has; the model is built without memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain))
+    modules = ((name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    return {name: (module.out_features, module.in_features) for name, module in modules}
+
+
+def _import_linear(
+    files: TensorFiles, name: str, storage: Storage, sizes: Mapping[str, tuple[int, int]]
+) -> QuantizedLinear:
+    if name not in sizes:
+        raise InputError(f"{files.path}: {name} is quantized but the architecture has no such linear")
+    rows, columns = sizes[name]
+    tensors = {part: files.tensor(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in files.shards}
+    try:
+        triple, bits = read_linear(tensors, storage, columns)
+        _check(triple, rows, columns)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{files.path}: {name} does not fit the {storage.name} layout: {error}") from error
+    groups = triple.scale.shape[1]
+    bias = files.tensor(name + ".bias") if name + ".bias" in files.shards else None
+    return QuantizedLinear(
+        codes=torch.from_numpy(triple.codes),
+        scale=torch.from_numpy(triple.scale),
+        zero_point=torch.from_numpy(triple.zero_point),
+        bits=bits,
+        group_size=-1 if groups == 1 else columns // groups,
+        bias=bias,
+    )
+
+
+def _check(triple: readback.Triple, rows: int, columns: int) -> None:
+    if triple.codes.shape != (rows, columns):
+        raise ValueError(f"{list(triple.codes.shape)} codes for a linear of {[rows, columns]}")
+    if triple.zero_point.shape != triple.scale.shape or columns % triple.scale.shape[1]:
+        raise ValueError(f"zero points {list(triple.zero_point.shape)}, scales {list(triple.scale.shape)}")

@@ -1,0 +1,72 @@
+"""How a foreign checkpoint stores a linear, told from its settings and from the shapes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from qatcli.errors import InputError
+from qatcli.formats import readback
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The kind of checkpoint, and whether zero points are stored minus one (GPTQ version 1)."""
+
+    name: str
+    stored_minus_one: bool = False
+
+
+def storage_of(path: Path, settings: Mapping[str, Any]) -> Storage:
+    """The kind of checkpoint its settings describe. InputError for one that is not known here.
+
+    No settings at all are EfficientQAT's own checkpoints. GPTQ settings without a checkpoint format are version 1.
+    """
+    method = settings.get("quant_method", "gptq" if settings else None)
+    if method is None:
+        return Storage("EfficientQAT")
+    if method == "gptq":
+        layout = settings.get("checkpoint_format", settings.get("format", "gptq"))
+        if layout not in ("gptq", "gptq_v2"):
+            raise InputError(f"{path} stores GPTQ as {layout}", hint="only the formats gptq and gptq_v2 are imported")
+        return Storage(f"GPTQ ({layout})", stored_minus_one=layout == "gptq")
+    if method == "awq":
+        version = str(settings.get("version", settings.get("format", "gemm"))).lower()
+        if version != "gemm" or settings.get("bits", 4) != 4:
+            raise InputError(
+                f"{path} stores AWQ {version} at {settings.get('bits')} bits", hint="only gemm at 4 bits is imported"
+            )
+        return Storage("AWQ")
+    raise InputError(
+        f"{path} has quant_method {method}", hint="only gptq, awq and EfficientQAT checkpoints are imported"
+    )
+
+
+def read_linear(tensors: Mapping[str, Tensor], storage: Storage, columns: int) -> tuple[readback.Triple, int]:
+    """(codes, zero points, scales) and bits of one linear with `columns` inputs. KeyError, ValueError when they misfit.
+
+    Scales keep their type when numpy has it; bf16 becomes fp32.
+    """
+    scales = tensors["scales"]
+    scale = (scales if str(scales.dtype) in ("torch.float16", "torch.float32") else scales.float()).numpy()
+    qweight, qzeros = tensors["qweight"].numpy(), tensors["qzeros"].numpy()
+    if storage.name == "AWQ":
+        return readback.awq(qweight, qzeros, scale), 4
+    _require_order(tensors.get("g_idx"), columns, len(scale))
+    if len(qweight) == -(-columns // 10) and columns * 3 % 32 == 0:
+        # Ten codes per word is EfficientQAT's own, whatever the settings say, and its zero points are never moved.
+        return readback.efficientqat_3bit(qweight, qzeros, scale, in_features=columns), 3
+    bits = len(qweight) * 32 // columns
+    if bits not in (2, 3, 4, 8) or bits * columns != len(qweight) * 32:
+        raise ValueError(f"{len(qweight)} words per output hold no 2, 3, 4 or 8 bits for {columns} inputs")
+    return readback.gptq(qweight, qzeros, scale, bits=bits, stored_minus_one=storage.stored_minus_one), bits
+
+
+def _require_order(g_idx: Tensor | None, columns: int, groups: int) -> None:
+    if g_idx is not None and not np.array_equal(g_idx.numpy(), np.arange(columns) * groups // columns):
+        raise ValueError("its columns were reordered by activation (desc_act), which the packed form cannot say")

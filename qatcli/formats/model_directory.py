@@ -1,0 +1,85 @@
+"""The safetensors directory that all formats but GGUF share: shards, config, tokenizer, model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qatcli.formats import source
+from qatcli.formats.atomic import atomic_directory
+from qatcli.formats.card import model_card
+from qatcli.formats.contract import Deployment
+from qatcli.packed import PackedCheckpoint, write_config
+from qatcli.shards import ShardWriter
+
+PackLinear = Callable[[source.Arrays], Mapping[str, NDArray[np.generic] | Tensor]]
+
+
+def write_directory(
+    checkpoint: PackedCheckpoint,
+    out: Path,
+    *,
+    format_name: str,
+    pack_linear: PackLinear,
+    quantization: dict[str, Any] | None,
+    deployments: list[Deployment],
+    max_shard_bytes: float,
+    dtype: torch.dtype = torch.float16,
+    extra_files: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
+    """Write a model directory, one linear at a time, complete or not at all.
+
+    `pack_linear` returns the arrays of one linear by the suffix of their names; biases and all other tensors are cast
+    to `dtype`. `quantization` becomes config.json's quantization_config; `extra_files` are further JSON files.
+    """
+    with atomic_directory(out) as work:
+        shards = ShardWriter(work, max_shard_bytes=max_shard_bytes)
+        for name in checkpoint.modules:
+            linear = source.arrays(checkpoint, name)
+            for suffix, array in pack_linear(linear).items():
+                tensor = array if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+                shards.add(f"{name}.{suffix}", tensor)
+            if linear.bias is not None:
+                shards.add(name + ".bias", source.cast(name + ".bias", linear.bias, dtype))
+        for name in source.dense_tensor_names(checkpoint):
+            shards.add(name, source.cast(name, checkpoint.tensor(name), dtype))
+        shards.close()
+        write_config(work, model_config(checkpoint, dtype, quantization))
+        for file_name, content in (extra_files or {}).items():
+            (work / file_name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        copy_companions(checkpoint, work)
+        card = model_card(checkpoint, format_name, deployments)
+        (work / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_config(
+    checkpoint: PackedCheckpoint, dtype: torch.dtype, quantization: dict[str, Any] | None
+) -> dict[str, Any]:
+    """config.json of an export: the model's own, the dtype under both of its names, the quantization."""
+    name = str(dtype).removeprefix("torch.")
+    config = {**source.base_config(checkpoint), "dtype": name, "torch_dtype": name}
+    return {**config, "quantization_config": quantization} if quantization else config
+
+
+def copy_companions(checkpoint: PackedCheckpoint, out: Path) -> None:
+    """Copy tokenizer, chat template and generation settings."""
+    for file in checkpoint.companion_files():
+        shutil.copyfile(file, out / file.name)
+
+
+def bias_and_dense(checkpoint: PackedCheckpoint, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+    """Every tensor an export copies, by name, read when called; for the verifier."""
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        return lambda: source.cast(name, checkpoint.tensor(name), dtype)
+
+    biases = [n + ".bias" for n in checkpoint.modules if n + ".bias" in checkpoint.shards]
+    return {name: reader(name) for name in biases + source.dense_tensor_names(checkpoint)}

@@ -1,0 +1,120 @@
+"""Third-party runtimes run an export in a process of their own and say what they computed.
+
+A process each, because these libraries patch transformers when they are imported, may crash the interpreter, and
+should give their memory back. The child compares dequantized weights where the library offers them and returns the
+logits of fixed prompts; the parent compares these with the logits of the checkpoint itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qatcli.formats.contract import RuntimeReport, Verification
+from qatcli.formats.runtimes.reference import Reference, reference
+from qatcli.packed import PackedCheckpoint
+
+PARAMETERS_AT_MOST = 3e9  # the reference computes in fp32 on the CPU
+_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One library: the modules it needs, what installs it, and the precision of its activations."""
+
+    name: str
+    imports: tuple[str, ...]
+    install: str
+    activations: str = "fp16"
+
+
+RUNTIMES = {
+    "gptqmodel": Runtime("gptqmodel", ("gptqmodel",), "pip install 'qatcli[gptq]'"),
+    "transformers": Runtime("transformers", ("gptqmodel", "optimum"), "pip install 'qatcli[gptq]'"),
+    "transformers-dense": Runtime("transformers", ("transformers",), "pip install qatcli"),
+    "compressed-tensors": Runtime("compressed-tensors", ("compressed_tensors",), "pip install compressed-tensors"),
+    "gguf": Runtime("gguf", ("gguf",), "pip install 'qatcli[gguf]'"),
+    "llama.cpp": Runtime("llama.cpp", ("xllamacpp",), "pip install xllamacpp", activations="8 bits"),
+}
+
+
+def verify_in(
+    verification: Verification, runtimes: Iterable[str], checkpoint: PackedCheckpoint, out: Path
+) -> Verification:
+    """Extend a verification that passed by what each runtime finds; one that failed is returned as it is."""
+    if not verification.passed:
+        return verification
+    expected: Reference | None = None
+    for name in runtimes:
+        obstacle = _obstacle(RUNTIMES[name], checkpoint)
+        if obstacle:
+            report = RuntimeReport(
+                name, ran=False, notes=(f"not verified in {name}: {obstacle}; integers were compared",)
+            )
+        else:
+            expected = expected or reference(checkpoint)
+            report = run(name, checkpoint, out, expected)
+        verification = verification.with_runtime(report)
+    return verification
+
+
+def run(name: str, checkpoint: PackedCheckpoint, out: Path, expected: Reference) -> RuntimeReport:
+    """Load `out` in one runtime and compare with the reference.
+
+    Never raises for what the runtime does: it reports.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        found = Path(scratch, "found")
+        failure = _child(name, checkpoint.path, out, found)
+        if failure:
+            return RuntimeReport(name, ran=True, differences=(f"{name} failed: {failure}",))
+        facts = json.loads(found.with_suffix(".json").read_text(encoding="utf-8"))
+        differences, notes = tuple(facts["differences"]), tuple(facts["notes"])
+        if not found.with_suffix(".npy").is_file():
+            return RuntimeReport(facts["runtime"], ran=True, differences=differences, notes=notes)
+        actual = np.load(found.with_suffix(".npy"))
+    tolerance = expected.tolerances[RUNTIMES[name].activations]
+    largest = float(np.abs(actual[..., : expected.logits.shape[-1]] - expected.logits).max())
+    if not largest <= tolerance:  # also catches a difference that is not a number
+        differences += (f"logits in {facts['runtime']} differ by {largest:.4g}, more than {tolerance:.4g}",)
+    return RuntimeReport(facts["runtime"], True, differences, largest, tolerance, notes)
+
+
+def _obstacle(runtime: Runtime, checkpoint: PackedCheckpoint) -> str | None:
+    """Why this runtime cannot be asked here, or None."""
+    for module in runtime.imports:
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed (`{runtime.install}`)"
+    if _parameters(checkpoint) > PARAMETERS_AT_MOST:
+        return f"more than {PARAMETERS_AT_MOST:.0e} parameters"
+    return None
+
+
+def _child(task: str, checkpoint: Path, out: Path, result: Path) -> str | None:
+    """Run one task in a process of its own; the last line of its error output when it failed."""
+    command = [sys.executable, "-m", "qatcli.formats.runtimes.child", task, str(checkpoint), str(out), str(result)]
+    quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {_SECONDS} s"
+    if done.returncode == 0:
+        return None
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def _parameters(checkpoint: PackedCheckpoint) -> int:
+    quantized = sum(quant.in_features * quant.out_features for quant in checkpoint.modules.values())
+    config = checkpoint.config
+    return quantized + 2 * int(config.get("vocab_size", 0)) * int(config.get("hidden_size", 0))

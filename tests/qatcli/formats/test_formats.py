@@ -1,0 +1,273 @@
+"""Every format: written, re-read with other code, damaged on purpose and caught."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qatcli.errors import InputError, QatError, ResourceError, VerificationError
+from qatcli.formats import FORMATS, ExportOptions, require_passed
+from qatcli.packed import PackedCheckpoint
+from qatcli.shards import shard_map
+
+Packed = Callable[..., PackedCheckpoint]
+INTEGERS_ONLY = ExportOptions(runtimes=False)
+PROMOTED = ExportOptions(runtimes=False, awq_promote=True)
+SAFETENSORS = ("gptq", "bitblas", "native", "awq", "compressed-tensors", "dense")
+
+
+def _options(name: str, bits: int) -> ExportOptions:
+    return PROMOTED if name == "awq" and bits < 4 else INTEGERS_ONLY
+
+
+CASES = [
+    (name, bits, symmetric)
+    for name, row in FORMATS.items()
+    for bits in row.bits
+    for symmetric in (False, True)
+    if not (name == "bitblas" and bits == 8 and not symmetric)
+]
+
+
+@pytest.mark.parametrize(("name", "bits", "symmetric"), CASES)
+def test_export_equals_its_source(packed: Packed, tmp_path: Path, name: str, bits: int, symmetric: bool) -> None:
+    checkpoint = packed(bits, symmetric=symmetric)
+    options = _options(name, bits)
+    FORMATS[name].write(checkpoint, tmp_path / "out", options)
+    verification = FORMATS[name].verify(checkpoint, tmp_path / "out", options)
+    assert verification.differences == ()
+    assert verification.modules == 21
+    assert verification.passed
+    require_passed(verification)
+    assert json.loads(json.dumps(verification.to_json()))["passed"] is True
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| runtime | releases | command | remark |" in card
+    assert name in card
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+def test_directory_has_what_loaders_want(packed: Packed, tmp_path: Path, name: str) -> None:
+    checkpoint = packed(4)
+    FORMATS[name].write(checkpoint, tmp_path / "out", INTEGERS_ONLY)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float16"
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    method = {"gptq": "gptq", "bitblas": "gptq", "native": "qat"}.get(name, name)
+    assert config.get("quantization_config", {}).get("quant_method") == (None if name == "dense" else method)
+    if name in ("gptq", "bitblas"):
+        beside = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+        assert beside == config["quantization_config"]
+        assert beside["sym"] is False
+        assert beside["desc_act"] is False
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {t.dtype for n, t in tensors.items() if t.is_floating_point()} == {torch.float16}
+
+
+def test_shards_and_index(packed: Packed, tmp_path: Path) -> None:
+    checkpoint = packed(4)
+    options = ExportOptions(runtimes=False, max_shard_bytes=50_000)
+    FORMATS["gptq"].write(checkpoint, tmp_path / "out", options)
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert set(shard_map(tmp_path / "out").values()) == set(files)
+    assert FORMATS["gptq"].verify(checkpoint, tmp_path / "out", options).passed
+
+
+def test_gptq_version_follows_the_zero_points(packed: Packed, tmp_path: Path) -> None:
+    for symmetric, expected in ((False, "gptq_v2"), (True, "gptq")):
+        out = tmp_path / expected
+        FORMATS["gptq"].write(packed(4, symmetric=symmetric), out, INTEGERS_ONLY)
+        config = json.loads((out / "quantize_config.json").read_text())
+        assert (config["checkpoint_format"], config["format"], config["sym"]) == (expected, expected, symmetric)
+
+
+def test_mixed_bits_and_skipped_linears_are_declared(packed: Packed, tmp_path: Path) -> None:
+    checkpoint = packed(2, kinds={"layers.1.mlp.down_proj": (4, 32)}, skip=("layers.0.self_attn",))
+    for name in ("gptq", "compressed-tensors", "bitblas"):
+        FORMATS[name].write(checkpoint, tmp_path / name, INTEGERS_ONLY)
+        assert FORMATS[name].verify(checkpoint, tmp_path / name, INTEGERS_ONLY).passed
+    dynamic = json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())["dynamic"]
+    assert dynamic == {
+        r"+:^model\.layers\.1\.mlp\.(down_proj)$": {"bits": 4, "group_size": 32},
+        r"-:^model\.layers\.0\.self_attn\.(q_proj|k_proj|v_proj|o_proj|qkv_proj)$": {},
+    }
+    quantization = json.loads((tmp_path / "compressed-tensors" / "config.json").read_text())["quantization_config"]
+    assert quantization["config_groups"]["group_0"]["targets"] == ["model.layers.1.mlp.down_proj"]
+    assert quantization["config_groups"]["group_1"]["targets"] == ["Linear"]
+    assert quantization["ignore"] == ["lm_head", *(f"model.layers.0.self_attn.{p}_proj" for p in "qkvo")]
+
+
+@pytest.mark.parametrize("group_size", [-1, 16])
+def test_other_group_sizes(packed: Packed, tmp_path: Path, group_size: int) -> None:
+    checkpoint = packed(3, group_size=group_size)
+    for name in ("gptq", "compressed-tensors", "native", "dense"):
+        FORMATS[name].write(checkpoint, tmp_path / name, INTEGERS_ONLY)
+        assert FORMATS[name].verify(checkpoint, tmp_path / name, INTEGERS_ONLY).differences == ()
+
+
+def test_awq_refuses_what_it_cannot_say_and_promotes_on_request(packed: Packed, tmp_path: Path) -> None:
+    with pytest.raises(QatError, match=r"awq carries \[4\] bits only: model\.layers\.0.* and 17 more") as refused:
+        FORMATS["awq"].write(packed(2), tmp_path / "out", INTEGERS_ONLY)
+    assert "awq_promote" in (refused.value.hint or "")
+    channel = packed(4, group_size=-1)
+    with pytest.raises(QatError, match="group size"):
+        FORMATS["awq"].write(channel, tmp_path / "out", INTEGERS_ONLY)
+    FORMATS["awq"].write(channel, tmp_path / "out", PROMOTED)
+    assert FORMATS["awq"].verify(channel, tmp_path / "out", PROMOTED).passed
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["group_size"] == 32
+
+
+def test_sizes_that_are_no_multiple_of_32_are_refused_by_name(
+    save_tiny_llama: Callable[..., Path], pack: Packed, tmp_path: Path
+) -> None:
+    odd = save_tiny_llama("odd", intermediate_size=80, num_hidden_layers=1)
+    checkpoint = pack(odd, tmp_path / "packed", bits=4, group_size=16)
+    for name in ("gptq", "bitblas", "awq"):
+        with pytest.raises(QatError, match=r"multiples of 32: model\.layers\.0\.mlp\.\w+ \[") as refused:
+            FORMATS[name].write(checkpoint, tmp_path / name, INTEGERS_ONLY)
+        assert "quant.skip" in (refused.value.hint or "")
+        assert not (tmp_path / name).exists()
+    FORMATS["compressed-tensors"].write(checkpoint, tmp_path / "ct", INTEGERS_ONLY)
+    assert FORMATS["compressed-tensors"].verify(checkpoint, tmp_path / "ct", INTEGERS_ONLY).passed
+
+
+def test_bitblas_refuses_asymmetric_8_bits_and_writes_both_zero_names(packed: Packed, tmp_path: Path) -> None:
+    with pytest.raises(QatError, match="8-bit"):
+        FORMATS["bitblas"].write(packed(8), tmp_path / "out", INTEGERS_ONLY)
+    options = ExportOptions(runtimes=False, bitblas_zeros="zeros")
+    FORMATS["bitblas"].write(packed(2), tmp_path / "out", options)
+    assert FORMATS["bitblas"].verify(packed(2), tmp_path / "out", options).passed
+    assert "model.layers.0.mlp.up_proj.zeros" in shard_map(tmp_path / "out")
+    assert not FORMATS["bitblas"].verify(packed(2), tmp_path / "out", INTEGERS_ONLY).passed
+
+
+def _edit(out: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    file = out / shard_map(out)[name]
+    tensors = load_file(file)
+    tensors[name] = torch.from_numpy(change(tensors[name].numpy().copy()))
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+CODES = {"gptq": "qweight", "bitblas": "qweight", "awq": "qweight", "dense": "weight"}
+ZEROS = {"gptq": "qzeros", "bitblas": "qzeros", "awq": "qzeros"}
+LINEAR = "model.layers.1.self_attn.k_proj"
+
+
+def _flip_a_bit(array: np.ndarray) -> np.ndarray:
+    array.view(np.uint8).reshape(-1)[array.nbytes // 2] ^= 1
+    return array
+
+
+def _swap_nibbles(array: np.ndarray) -> np.ndarray:
+    raw = array.view(np.uint8)
+    return (raw << 4 | raw >> 4).view(array.dtype)
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_flipped_bit_in_any_kind_of_tensor_is_caught(packed: Packed, tmp_path: Path, name: str, bits: int) -> None:
+    checkpoint, options = packed(bits), _options(name, bits)
+    tensors = [f"{LINEAR}.{CODES.get(name, 'weight_packed')}", "model.norm.weight", "model.embed_tokens.weight"]
+    if name != "dense":
+        tensors += [f"{LINEAR}.{ZEROS.get(name, 'weight_zero_point')}"]
+        tensors += [f"{LINEAR}.{'scales' if name in ZEROS else 'weight_scale'}"]
+    for number, tensor in enumerate(tensors):
+        out = tmp_path / str(number)
+        FORMATS[name].write(checkpoint, out, options)
+        _edit(out, tensor, _flip_a_bit)
+        verification = FORMATS[name].verify(checkpoint, out, options)
+        assert not verification.passed, tensor
+        assert tensor.rpartition(".")[0] in verification.differences[0]
+        with pytest.raises(VerificationError, match="differs from its source"):
+            require_passed(verification)
+
+
+@pytest.mark.parametrize("name", ["gptq", "bitblas", "native", "awq", "compressed-tensors"])
+def test_wrong_zero_convention_is_caught(packed: Packed, tmp_path: Path, name: str) -> None:
+    checkpoint = packed(4)
+    FORMATS[name].write(checkpoint, tmp_path / "out", INTEGERS_ONLY)
+    zeros = f"{LINEAR}.{ZEROS.get(name, 'weight_zero_point')}"
+    off_by_one = np.frombuffer(b"\x11" * 4, np.int32)[0]
+    _edit(tmp_path / "out", zeros, lambda a: a - off_by_one.astype(a.dtype))
+    verification = FORMATS[name].verify(checkpoint, tmp_path / "out", INTEGERS_ONLY)
+    assert verification.codes_equal
+    assert not verification.zero_points_equal
+    assert not verification.passed
+
+
+def test_wrong_version_in_the_config_is_caught(packed: Packed, tmp_path: Path) -> None:
+    FORMATS["gptq"].write(packed(4), tmp_path / "out", INTEGERS_ONLY)
+    file = tmp_path / "out" / "config.json"
+    file.write_text(file.read_text().replace("gptq_v2", "gptq"))
+    verification = FORMATS["gptq"].verify(packed(4), tmp_path / "out", INTEGERS_ONLY)
+    assert verification.codes_equal
+    assert not verification.zero_points_equal
+
+
+@pytest.mark.parametrize("name", ["gptq", "bitblas", "native", "awq", "compressed-tensors"])
+def test_swapped_nibbles_are_caught(packed: Packed, tmp_path: Path, name: str) -> None:
+    FORMATS[name].write(packed(4), tmp_path / "out", INTEGERS_ONLY)
+    _edit(tmp_path / "out", f"{LINEAR}.{CODES.get(name, 'weight_packed')}", _swap_nibbles)
+    verification = FORMATS[name].verify(packed(4), tmp_path / "out", INTEGERS_ONLY)
+    assert not verification.codes_equal
+    assert verification.zero_points_equal
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+def test_missing_and_unexpected_tensors_are_caught(packed: Packed, tmp_path: Path, name: str) -> None:
+    FORMATS[name].write(packed(4), tmp_path / "out", INTEGERS_ONLY)
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["stray"] = tensors.pop("model.norm.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    differences = FORMATS[name].verify(packed(4), tmp_path / "out", INTEGERS_ONLY).differences
+    assert differences == ("tensor model.norm.weight is missing", "tensor stray is unexpected")
+
+
+def test_truncated_file_is_a_difference_not_a_crash(packed: Packed, tmp_path: Path) -> None:
+    FORMATS["gptq"].write(packed(2), tmp_path / "out", INTEGERS_ONLY)
+    file = tmp_path / "out" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert not FORMATS["gptq"].verify(packed(2), tmp_path / "out", INTEGERS_ONLY).passed
+
+
+def test_nothing_is_left_when_writing_fails(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qatcli.shards.save_file", no_space)
+    with pytest.raises(ResourceError, match="no space left"):
+        FORMATS["gptq"].write(packed(2), tmp_path / "out", INTEGERS_ONLY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_left_over_of_a_killed_run_is_replaced_and_a_finished_export_is_not(packed: Packed, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "half").write_text("x")
+    FORMATS["native"].write(packed(2), tmp_path / "out", INTEGERS_ONLY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert not (tmp_path / "out" / "half").exists()
+    with pytest.raises(InputError, match="exists already"):
+        FORMATS["native"].write(packed(2), tmp_path / "out", INTEGERS_ONLY)
+
+
+def test_scales_that_fp16_cannot_hold_are_refused(
+    tiny_llama: Path, pack: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = pack(tiny_llama, tmp_path / "packed", bits=2)
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{LINEAR}.weight_scale"][0, 0] = 1e6
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(QatError, match=f"fp16 cannot hold.*{LINEAR}"):
+        FORMATS["gptq"].write(checkpoint, tmp_path / "out", INTEGERS_ONLY)

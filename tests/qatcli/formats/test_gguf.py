@@ -1,0 +1,345 @@
+"""GGUF: architectures, block types, tokenizer and rope metadata, and faults injected into a written file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from qatcli.errors import QatError
+from qatcli.formats import FORMATS, ExportOptions, gguf_model, gguf_tokenizer, source
+from qatcli.formats.gguf_readback import GgufFile, open_gguf
+from qatcli.formats.runtimes import run
+from qatcli.formats.runtimes.reference import reference
+from qatcli.packed import PackedCheckpoint
+
+pytest.importorskip("gguf", reason="gguf is not installed (pip install 'qatcli[gguf]')")
+
+Packed = Callable[..., PackedCheckpoint]
+OPTIONS = ExportOptions(runtimes=False)
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "vocab_size": 258,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MODELS = {
+    "llama": transformers.LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    "mistral": transformers.MistralConfig(**SIZES, head_dim=32, sliding_window=None),
+    "qwen2": transformers.Qwen2Config(
+        **SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    ),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
+    "gemma3": transformers.Gemma3TextConfig(**SIZES, head_dim=32, query_pre_attn_scalar=32, sliding_window=64),
+}
+
+
+@pytest.fixture(scope="session")
+def model_of(
+    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, pack: Packed
+) -> Callable[[str], PackedCheckpoint]:
+    """A function from a key of MODELS to a packed random model with the shared byte tokenizer."""
+    made: dict[str, PackedCheckpoint] = {}
+
+    def make(name: str) -> PackedCheckpoint:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                model = transformers.AutoModelForCausalLM.from_config(MODELS[name])
+                for parameter in model.parameters():
+                    parameter.data.add_(torch.randn_like(parameter) * 0.2)
+            model.save_pretrained(folder / "model")
+            for file in tiny_llama.glob("tokenizer*"):
+                (folder / "model" / file.name).write_bytes(file.read_bytes())
+            made[name] = pack(folder / "model", folder / "packed", bits=2)
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_architecture_is_written_and_read_back(
+    model_of: Callable[[str], PackedCheckpoint], tmp_path: Path, name: str
+) -> None:
+    checkpoint = model_of(name)
+    FORMATS["gguf"].write(checkpoint, tmp_path / "out", OPTIONS)
+    verification = FORMATS["gguf"].verify(checkpoint, tmp_path / "out", OPTIONS)
+    assert verification.differences == ()
+    assert verification.modules == 14
+    file = open_gguf(tmp_path / "out" / "model.gguf")
+    kind = file.fields["general.architecture"]
+    assert kind == {"mistral": "llama"}.get(name, name)
+    assert file.fields[f"{kind}.attention.key_length"] == (getattr(MODELS[name], "head_dim", None) or 16)
+    assert ("output.weight" in file.tensors) == (not MODELS[name].tie_word_embeddings)
+    assert ("rope_freqs.weight" in file.tensors) == (name == "llama")
+    assert file.tensors["blk.0.attn_q.weight"].type_name == "Q4_0"
+    assert file.tensors["blk.0.attn_norm.weight"].type_name == "F32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_computes_the_same_logits(
+    model_of: Callable[[str], PackedCheckpoint], tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install xllamacpp)")
+    FORMATS["gguf"].write(model_of(name), tmp_path / "out", OPTIONS)
+    report = run("llama.cpp", model_of(name), tmp_path / "out", reference(model_of(name)))
+    assert report.ran
+    assert report.differences == ()
+
+
+def _types(out: Path) -> set[str]:
+    entries = open_gguf(out / "model.gguf").tensors
+    return {entry.type_name for name, entry in entries.items() if name.startswith("blk.") and len(entry.shape) == 2}
+
+
+@pytest.mark.parametrize(
+    ("bits", "wanted", "expected"),
+    [(2, "auto", "Q4_0"), (3, "auto", "Q4_0"), (4, "auto", "Q4_1"), (4, "exact", "Q5_0"), (3, "Q8_0", "Q8_0")],
+)
+def test_block_type(packed: Packed, tmp_path: Path, bits: int, wanted: str, expected: str) -> None:
+    options = replace(OPTIONS, gguf_type=wanted)
+    FORMATS["gguf"].write(packed(bits), tmp_path / "out", options)
+    assert _types(tmp_path / "out") == {expected}
+    assert FORMATS["gguf"].verify(packed(bits), tmp_path / "out", options).passed
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, "Q2_K"), (4, "Q4_K")])
+def test_k_types_where_groups_are_whole_blocks(
+    save_tiny_llama: Callable[..., Path], pack: Packed, tmp_path: Path, bits: int, expected: str
+) -> None:
+    wide = save_tiny_llama(f"wide{bits}", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    checkpoint = pack(wide, tmp_path / "packed", bits=bits, group_size=256)
+    options = replace(OPTIONS, gguf_type=expected if bits == 2 else "auto")  # its zero points happen to suit Q2_0, too
+    FORMATS["gguf"].write(checkpoint, tmp_path / "out", options)
+    assert _types(tmp_path / "out") == {expected}
+    assert FORMATS["gguf"].verify(checkpoint, tmp_path / "out", options).passed
+
+
+def test_q2_0_when_every_zero_point_is_1_or_2(tiny_llama: Path, pack: Packed, tmp_path: Path) -> None:
+    checkpoint = pack(tiny_llama, tmp_path / "packed", bits=2, group_size=64, symmetric=True, skip=("down_proj",))
+    FORMATS["gguf"].write(checkpoint, tmp_path / "out", OPTIONS)
+    assert _types(tmp_path / "out") == {"Q2_0", "F16"}
+    verification = FORMATS["gguf"].verify(checkpoint, tmp_path / "out", OPTIONS)
+    assert verification.differences == ()
+    assert "June 2026" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_embeddings_in_8_bits(packed: Packed, tmp_path: Path) -> None:
+    options = replace(OPTIONS, gguf_embedding="Q8_0")
+    FORMATS["gguf"].write(packed(2), tmp_path / "out", options)
+    assert open_gguf(tmp_path / "out" / "model.gguf").tensors["token_embd.weight"].type_name == "Q8_0"
+    assert FORMATS["gguf"].verify(packed(2), tmp_path / "out", options).passed
+    assert not FORMATS["gguf"].verify(packed(2), tmp_path / "out", OPTIONS).passed
+
+
+def test_what_no_block_type_carries_is_refused(packed: Packed, tmp_path: Path) -> None:
+    for checkpoint, options in (
+        (packed(4), replace(OPTIONS, gguf_type="Q4_0")),
+        (packed(8), OPTIONS),
+        (packed(3, group_size=16), OPTIONS),
+    ):
+        with pytest.raises(QatError, match=r"no block type of GGUF carries these integers: model\.layers\.0"):
+            FORMATS["gguf"].write(checkpoint, tmp_path / "out", options)
+    with pytest.raises(QatError, match="gguf_type is Q9"):
+        FORMATS["gguf"].write(packed(4), tmp_path / "out", replace(OPTIONS, gguf_type="Q9"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_architecture_is_refused(packed: Packed, tmp_path: Path) -> None:
+    checkpoint = packed(2)
+    other = replace(checkpoint, config={**checkpoint.config, "model_type": "gpt2"})
+    with pytest.raises(QatError, match="not gpt2"):
+        FORMATS["gguf"].write(other, tmp_path / "out", OPTIONS)
+
+
+def test_gemma3_with_another_attention_scale_is_refused(
+    model_of: Callable[[str], PackedCheckpoint], tmp_path: Path
+) -> None:
+    checkpoint = model_of("gemma3")
+    other = replace(checkpoint, config={**checkpoint.config, "query_pre_attn_scalar": 256})
+    with pytest.raises(QatError, match="attention by 32, this model by 256"):
+        FORMATS["gguf"].write(other, tmp_path / "out", OPTIONS)
+
+
+def _overwrite(file: GgufFile, tensor: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    entry, rows = file.tensors[tensor], file.rows(tensor)
+    with open(file.path, "r+b") as handle:
+        handle.seek(entry.offset)
+        handle.write(np.ascontiguousarray(change(rows.copy())).tobytes())
+
+
+def _blocks(rows: np.ndarray) -> np.ndarray:
+    return rows.reshape(len(rows), -1, 18)
+
+
+def _flip(rows: np.ndarray) -> np.ndarray:
+    _blocks(rows)[3, 1, 7] ^= 0x10
+    return rows
+
+
+def _swap_nibbles(rows: np.ndarray) -> np.ndarray:
+    quants = _blocks(rows)[..., 2:]
+    quants[...] = quants << 4 | quants >> 4
+    return rows
+
+
+def _shift_zero(rows: np.ndarray) -> np.ndarray:
+    _blocks(rows)[..., 2:] += 0x11  # every 4-bit field one higher: the zero point is off by one
+    return rows
+
+
+def _flip_scale(rows: np.ndarray) -> np.ndarray:
+    _blocks(rows)[5, 0, 0] ^= 1
+    return rows
+
+
+def _unpermute(rows: np.ndarray) -> np.ndarray:
+    return rows.reshape(4, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (_flip, "codes_equal"),
+        (_swap_nibbles, "codes_equal"),
+        (_shift_zero, "zero_points_equal"),
+        (_flip_scale, "scales_equal"),
+        (_unpermute, "codes_equal"),
+    ],
+)
+def test_fault_in_the_file_is_caught(
+    packed: Packed, tmp_path: Path, change: Callable[[np.ndarray], np.ndarray], kind: str
+) -> None:
+    checkpoint = packed(2)
+    FORMATS["gguf"].write(checkpoint, tmp_path / "out", OPTIONS)
+    _overwrite(open_gguf(tmp_path / "out" / "model.gguf"), "blk.1.attn_q.weight", change)
+    verification = FORMATS["gguf"].verify(checkpoint, tmp_path / "out", OPTIONS)
+    assert not getattr(verification, kind)
+    assert not verification.passed
+    assert "model.layers.1.self_attn.q_proj" in verification.differences[0]
+
+
+def test_fault_outside_the_linears_is_caught(packed: Packed, tmp_path: Path) -> None:
+    FORMATS["gguf"].write(packed(2), tmp_path / "out", OPTIONS)
+    path = tmp_path / "out" / "model.gguf"
+    good = path.read_bytes()
+    _overwrite(open_gguf(path), "output_norm.weight", lambda rows: rows ^ 1)
+    assert FORMATS["gguf"].verify(packed(2), tmp_path / "out", OPTIONS).differences == (
+        "tensor output_norm.weight differs from its source",
+    )
+    path.write_bytes(good[:-200])
+    assert not FORMATS["gguf"].verify(packed(2), tmp_path / "out", OPTIONS).passed
+    path.write_bytes(b"GGML" + good[4:])
+    assert not FORMATS["gguf"].verify(packed(2), tmp_path / "out", OPTIONS).passed
+    key = b"llama.attention.head_count"
+    at = good.index(key) + len(key) + 4
+    path.write_bytes(good[:at] + b"\x02" + good[at + 1 :])
+    assert FORMATS["gguf"].verify(packed(2), tmp_path / "out", OPTIONS).differences == (
+        "llama.attention.head_count is 2 instead of 4",
+    )
+
+
+def test_row_order_moves_whole_rows_of_q_and_k_only(packed: Packed) -> None:
+    checkpoint = packed(2)
+    order = gguf_model.row_order(checkpoint, "model.layers.0.self_attn.q_proj.weight")
+    assert order is not None
+    assert sorted(order) == list(range(64))
+    assert list(order[:6]) == [0, 8, 1, 9, 2, 10]
+    assert gguf_model.row_order(checkpoint, "model.layers.0.self_attn.v_proj.weight") is None
+
+
+def test_llama3_rope_factors_are_transformers_own() -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = MODELS["llama"]
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+    plain = 1.0 / (10000.0 ** (torch.arange(0, 16, 2).float() / 16))
+    factors = gguf_model.rope_factors(config.to_dict())
+    assert factors is not None
+    np.testing.assert_allclose(factors, (plain / scaled).numpy(), rtol=1e-5)
+
+
+def test_unknown_rope_scaling_is_refused(packed: Packed, tmp_path: Path) -> None:
+    checkpoint = packed(2)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4}
+    other = replace(checkpoint, config={**checkpoint.config, "rope_parameters": rope})
+    with pytest.raises(QatError, match="longrope"):
+        FORMATS["gguf"].write(other, tmp_path / "out", OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_byte_level_tokenizer_metadata(packed: Packed, tmp_path: Path) -> None:
+    FORMATS["gguf"].write(packed(2), tmp_path / "out", OPTIONS)
+    fields = open_gguf(tmp_path / "out" / "model.gguf").fields
+    assert fields["tokenizer.ggml.model"] == "gpt2"
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert fields["tokenizer.ggml.tokens"][:2] == ["<s>", "</s>"]
+    assert len(fields["tokenizer.ggml.tokens"]) == 258
+    assert fields["tokenizer.ggml.token_type"][:3] == [3, 3, 1]
+    assert fields["tokenizer.ggml.bos_token_id"] == 0
+    assert fields["tokenizer.ggml.eos_token_id"] == 1
+    assert fields["tokenizer.ggml.add_bos_token"] is True
+
+
+def test_text_splits_have_llama_cpps_names() -> None:
+    digits = {"type": "Digits", "individual_digits": True}
+    words = {"type": "ByteLevel", "use_regex": True}
+    plain = {"type": "ByteLevel", "use_regex": False}
+    qwen = next(key[0] for key, name in gguf_tokenizer.PRE_TOKENIZERS.items() if name == "qwen2")
+    split = {"type": "Split", "pattern": {"Regex": qwen}}
+    assert gguf_tokenizer.pre_tokenizer_name({"type": "Sequence", "pretokenizers": [digits, words]}) == "smollm"
+    assert gguf_tokenizer.pre_tokenizer_name({"type": "Sequence", "pretokenizers": [split, plain]}) == "qwen2"
+    assert gguf_tokenizer.pre_tokenizer_name(words) == "gpt-2"
+    unknown = {"type": "Split", "pattern": {"Regex": r"\w+"}}
+    with pytest.raises(QatError, match="text splits"):
+        gguf_tokenizer.pre_tokenizer_name({"type": "Sequence", "pretokenizers": [unknown, plain]})
+
+
+def test_token_list_pads_and_refuses(packed: Packed) -> None:
+    content = json.loads((packed(2).path / "tokenizer.json").read_text())
+    tokens, types = gguf_tokenizer.token_list(content, 260)
+    assert tokens[258:] == ["[PAD258]", "[PAD259]"]
+    assert types[258:] == [5, 5]
+    with pytest.raises(QatError, match="ids up to 257, the model 200"):
+        gguf_tokenizer.token_list(content, 200)
+
+
+def test_sentencepiece_scores_keep_the_order_of_merges() -> None:
+    tokens = ["<unk>", "a", "b", "ab", "aba"]
+    scores = gguf_tokenizer.scores(tokens, [["a", "b"], ["ab", "a"]])
+    assert scores[3] > scores[4] > scores[1] == scores[2]
+
+
+def test_linears_with_a_bias_keep_it(model_of: Callable[[str], PackedCheckpoint], tmp_path: Path) -> None:
+    checkpoint = model_of("llama")
+    FORMATS["gguf"].write(checkpoint, tmp_path / "out", OPTIONS)
+    file = open_gguf(tmp_path / "out" / "model.gguf")
+    name = "model.layers.0.self_attn.q_proj"
+    order = gguf_model.row_order(checkpoint, name + ".bias")
+    bias = source.arrays(checkpoint, name).bias
+    assert bias is not None
+    assert order is not None
+    stored = np.frombuffer(file.rows("blk.0.attn_q.bias").tobytes(), "<f4")
+    np.testing.assert_array_equal(stored, bias.numpy()[order])

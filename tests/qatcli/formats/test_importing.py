@@ -1,0 +1,147 @@
+"""Checkpoints of other tools become packed ones with the same integers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qatcli.errors import InputError
+from qatcli.formats import FORMATS, ExportOptions, source
+from qatcli.formats.importing import import_checkpoint
+from qatcli.formats.layouts.efficientqat import pack_linear_3bit
+from qatcli.packed import PackedCheckpoint
+
+Packed = Callable[..., PackedCheckpoint]
+OPTIONS = ExportOptions(runtimes=False)
+
+
+def _same(found: PackedCheckpoint, expected: PackedCheckpoint) -> None:
+    assert found.modules.keys() == expected.modules.keys()
+    for name in expected.modules:
+        left, right = source.arrays(found, name), source.arrays(expected, name)
+        assert left.bits == right.bits
+        for part in ("codes", "zero_point", "scale"):
+            assert np.array_equal(getattr(left, part), getattr(right, part)), f"{name}: {part}"
+    assert sorted(found.dense_names()) == sorted(expected.dense_names())
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "options"),
+    [
+        ("gptq", 2, {}),
+        ("gptq", 3, {"group_size": -1}),
+        ("gptq", 4, {"symmetric": True}),
+        ("gptq", 8, {}),
+        ("gptq", 2, {"kinds": {"layers.1.mlp.down_proj": (4, 32)}, "skip": ("layers.0.self_attn",)}),
+        ("awq", 4, {}),
+    ],
+)
+def test_our_own_exports_come_back(
+    packed: Packed, tmp_path: Path, name: str, bits: int, options: dict[str, object]
+) -> None:
+    checkpoint = packed(bits, **options)
+    FORMATS[name].write(checkpoint, tmp_path / "export", OPTIONS)
+    import_checkpoint(tmp_path / "export", tmp_path / "packed")
+    _same(PackedCheckpoint.open(tmp_path / "packed"), checkpoint)
+    assert (tmp_path / "packed" / "tokenizer.json").is_file()
+
+
+def _rewrite(
+    export: Path, change: Callable[[dict[str, torch.Tensor]], None], settings: dict[str, object] | None
+) -> None:
+    """Turn an export of ours into what another tool wrote."""
+    tensors = load_file(export / "model.safetensors")
+    change(tensors)
+    save_file(tensors, export / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((export / "config.json").read_text())
+    config.pop("quantization_config")
+    (export / "config.json").write_text(json.dumps(config))
+    (export / "quantize_config.json").unlink()
+    if settings is not None:
+        (export / "quantize_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_efficientqat_native(packed: Packed, tmp_path: Path, bits: int) -> None:
+    checkpoint = packed(bits)
+    FORMATS["gptq"].write(checkpoint, tmp_path / "export", OPTIONS)
+
+    def native(tensors: dict[str, torch.Tensor]) -> None:
+        for name in checkpoint.modules:
+            del tensors[name + ".g_idx"]
+            tensors[name + ".scales"] = tensors[name + ".scales"].float()
+            if bits == 3:
+                linear = source.arrays(checkpoint, name)
+                arrays = pack_linear_3bit(linear.codes, linear.zero_point, linear.scale)
+                tensors |= {f"{name}.{part}": torch.from_numpy(arrays[part]) for part in ("qweight", "qzeros")}
+
+    _rewrite(tmp_path / "export", native, None)
+    import_checkpoint(tmp_path / "export", tmp_path / "packed")
+    found = PackedCheckpoint.open(tmp_path / "packed")
+    _same(found, checkpoint)
+    assert found.linear("model.layers.0.mlp.up_proj").scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("bits", "ones"), [(2, 0x55555555), (4, 0x11111111), (8, 0x01010101)])
+def test_gptq_version_1_as_autogptq_and_gptqmodel_write_it(
+    packed: Packed, tmp_path: Path, bits: int, ones: int
+) -> None:
+    """They subtract one from every field of whole words, so a zero point of 0 borrows from its neighbour."""
+    checkpoint = packed(bits)
+    FORMATS["gptq"].write(checkpoint, tmp_path / "export", OPTIONS)
+    borrowed = 0
+
+    def minus_one(tensors: dict[str, torch.Tensor]) -> None:
+        nonlocal borrowed
+        for name in checkpoint.modules:
+            words = tensors[name + ".qzeros"].numpy().view(np.uint32)
+            tensors[name + ".qzeros"] = torch.from_numpy((words - np.uint32(ones)).view(np.int32))
+            borrowed += int((source.arrays(checkpoint, name).zero_point == 0).sum())
+
+    _rewrite(tmp_path / "export", minus_one, {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": False})
+    import_checkpoint(tmp_path / "export", tmp_path / "packed")
+    _same(PackedCheckpoint.open(tmp_path / "packed"), checkpoint)
+
+
+def test_imported_checkpoint_can_be_exported(packed: Packed, tmp_path: Path) -> None:
+    FORMATS["gptq"].write(packed(3), tmp_path / "export", OPTIONS)
+    import_checkpoint(tmp_path / "export", tmp_path / "packed")
+    imported = PackedCheckpoint.open(tmp_path / "packed")
+    FORMATS["compressed-tensors"].write(imported, tmp_path / "again", OPTIONS)
+    assert FORMATS["compressed-tensors"].verify(packed(3), tmp_path / "again", OPTIONS).passed
+
+
+def test_columns_out_of_order_are_refused(packed: Packed, tmp_path: Path) -> None:
+    FORMATS["gptq"].write(packed(4), tmp_path / "export", OPTIONS)
+    settings = json.loads((tmp_path / "export" / "quantize_config.json").read_text())
+    flip = lambda t: t.update({n: v.flip(0) for n, v in t.items() if n.endswith("0.mlp.up_proj.g_idx")})  # noqa: E731
+    _rewrite(tmp_path / "export", flip, settings)
+    with pytest.raises(InputError, match=r"up_proj .*desc_act"):
+        import_checkpoint(tmp_path / "export", tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "bitsandbytes"}, "quant_method bitsandbytes"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "stores GPTQ as marlin"),
+        ({"quant_method": "awq", "version": "gemv", "bits": 4}, "stores AWQ gemv"),
+    ],
+)
+def test_unknown_kinds_are_refused(packed: Packed, tmp_path: Path, settings: dict[str, object], message: str) -> None:
+    FORMATS["gptq"].write(packed(4), tmp_path / "export", OPTIONS)
+    _rewrite(tmp_path / "export", lambda tensors: None, settings)
+    with pytest.raises(InputError, match=message):
+        import_checkpoint(tmp_path / "export", tmp_path / "packed")
+
+
+def test_plain_model_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no tensor"):
+        import_checkpoint(tiny_llama, tmp_path / "packed")
