@@ -17,8 +17,9 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from qat_kernels import dequantize, fake_quant, pack, quantize, quantized_matmul
 from torch import Tensor
+
+from qat_kernels import dequantize, fake_quant, pack, quantize, quantized_matmul
 
 REPEATS = 9
 

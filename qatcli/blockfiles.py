@@ -73,7 +73,7 @@ def load_quantized_block(
     block = model.load_block(index, device, torch.float32)
     prefix = model.block_name(index) + "."
 
-    def dense(name: str, linear: nn.Module) -> nn.Module:
+    def dense(name: str, linear: nn.Linear) -> nn.Module:
         quant = quants[prefix + name]
         packed, scale, zero_point = read_linear(tensors, prefix + name, quant)
         weight = dequantize(

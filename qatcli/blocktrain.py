@@ -56,7 +56,7 @@ def build_student(
     """
     students: dict[str, FakeQuantLinear] = {}
 
-    def student(name: str, linear: nn.Module) -> nn.Module:
+    def student(name: str, linear: nn.Linear) -> nn.Module:
         full = f"{prefix}.{name}"
         quant = quants[full]
         weight, bias = linear.weight.detach().float(), linear.bias
@@ -155,8 +155,8 @@ def train_block(
     block stays at that iterate.
     """
     if config.epochs == 0:
-        loss = validation_loss(block, held_out, arguments, config.loss, config.batch_size, device)
-        return BlockResult(before=loss, after=loss)
+        measured = validation_loss(block, held_out, arguments, config.loss, config.batch_size, device)
+        return BlockResult(before=measured, after=measured)
     steps_per_epoch = -(-len(train.inputs) // config.batch_size)
     schedule = Schedule(
         config.epochs * steps_per_epoch, floor=1 / config.min_lr_factor if config.min_lr_factor else 0.0

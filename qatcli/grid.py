@@ -8,8 +8,9 @@ step size that loses least, and inputs of unequal power make some columns matter
 from __future__ import annotations
 
 import torch
-from qat_kernels import quantize
 from torch import Tensor
+
+from qat_kernels import quantize
 
 METHODS = ("minmax", "absmax", "percentile", "mse", "weighted")
 SCALE_MIN, SCALE_MAX = 1e-4, 1e4

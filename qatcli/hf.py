@@ -60,7 +60,7 @@ class QatQuantizer(HfQuantizer):
         dtype = getattr(torch, config.scale_dtype)
         modules = {name: ModuleQuant(**entry) for name, entry in config.modules.items()}
 
-        def packed(name: str, linear: nn.Module) -> nn.Module:
+        def packed(name: str, linear: nn.Linear) -> nn.Module:
             has_bias = linear.bias is not None
             with torch.device("meta"):
                 return PackedLinear(modules[name], bias=has_bias, scale_dtype=dtype, dtype=linear.weight.dtype)
@@ -87,9 +87,7 @@ def load_packed(path: Path, *, dtype: torch.dtype | str, device: torch.device, t
     """
     PackedCheckpoint.open(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"{path}: transformers cannot load it: {error}") from error
     return model.to(device).eval()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from qat_kernels import fake_quant, quantize, quantized_matmul
 from torch import Tensor, nn
 
+from qat_kernels import fake_quant, quantize, quantized_matmul
 from qatcli.packed import ModuleQuant, QuantizedLinear, unpack_zero_point
 
 
@@ -54,6 +55,9 @@ class FakeQuantLinear(nn.Module):
 class PackedLinear(nn.Module):
     """A linear on packed codes; only the scale can train (E2E-QP). Tensor names and layouts: `qatcli.packed`."""
 
+    weight_packed: Tensor
+    weight_zero_point: Tensor
+
     def __init__(self, quant: ModuleQuant, *, bias: bool, scale_dtype: torch.dtype, dtype: torch.dtype) -> None:
         super().__init__()
         groups = 1 if quant.group_size < 0 else quant.in_features // quant.group_size
@@ -69,7 +73,7 @@ class PackedLinear(nn.Module):
 
     @property
     def zero_point(self) -> Tensor:
-        """Zero points uint8 [N, G], unpacked once."""
+        """Zero points uint8 [N, G], unpacked once after they are loaded."""
         cached = self._unpacked_zero_point
         if cached is None or cached.device != self.weight_zero_point.device:
             cached = unpack_zero_point(
@@ -77,6 +81,10 @@ class PackedLinear(nn.Module):
             )
             self._unpacked_zero_point = cached
         return cached
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self._unpacked_zero_point = None
+        super()._load_from_state_dict(*args, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         return quantized_matmul(
@@ -94,11 +102,11 @@ class PackedLinear(nn.Module):
         return f"in={q.in_features}, out={q.out_features}, bits={q.bits}, group_size={q.group_size}"
 
 
-def replace_modules(root: nn.Module, names: list[str], build: Callable[[str, nn.Module], nn.Module]) -> None:
-    """Put `build(name, module)` in the place of each named submodule."""
+def replace_modules(root: nn.Module, names: list[str], build: Callable[[str, nn.Linear], nn.Module]) -> None:
+    """Put `build(name, linear)` in the place of each named linear."""
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        setattr(root.get_submodule(parent), leaf, build(name, root.get_submodule(name)))
+        setattr(root.get_submodule(parent), leaf, build(name, cast(nn.Linear, root.get_submodule(name))))
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

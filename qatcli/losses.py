@@ -30,7 +30,7 @@ def token_loss(student: Tensor, teacher: Tensor | None, tokens: Tensor, mask: Te
 
 
 class _Divergence(torch.autograd.Function):
-    """Sum of KL(softmax(teacher) || softmax(student)) over rows; the gradient is softmax(student) - softmax(teacher)."""
+    """Sum over rows of KL(softmax(teacher) || softmax(student)); gradient softmax(student) - softmax(teacher)."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:

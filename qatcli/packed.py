@@ -21,18 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qat_kernels import dequantize, pack, unpack
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qat_kernels import dequantize, pack, unpack
 from qatcli.errors import InputError
 from qatcli.shards import ShardWriter, shard_map
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "qat"
 PACKED, SCALE, ZERO_POINT = ".weight_packed", ".weight_scale", ".weight_zero_point"
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model")
-COMPANIONS += ("generation_config.json", "chat_template*")
+COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
+    *("generation_config.json", "chat_template*"),
+)
 
 
 @dataclass(frozen=True)

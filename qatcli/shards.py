@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qatcli.errors import InputError
+from qatcli.errors import InputError, ResourceError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -63,9 +63,12 @@ class ShardWriter:
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file so that it appears complete or not at all."""
+    """Write one safetensors file so that it appears complete or not at all. ResourceError when it cannot be written."""
     temporary = file.with_name(file.name + ".writing")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it makes of every OSError, a full disk first of all
+        raise ResourceError(f"cannot write {file}: {error}", hint="free disk space, or choose another --run") from error
     with open(temporary, "rb") as handle:
         os.fsync(handle.fileno())
     os.replace(temporary, file)

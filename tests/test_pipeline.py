@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "smoke" / "w2g32.yaml"
+TIMEOUT = 600  # seconds until a process that a test waits for counts as stuck
+LONG = ("--set", "block_ap.epochs=2000")  # a stage that cannot be over before a test has done with it
 QUANTIZED_FILES = {
     "config.json",
     "generation_config.json",
@@ -34,7 +37,7 @@ QUANTIZED_FILES = {
 
 def qat(*arguments: str | Path, env: dict[str, str], stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qatcli", *map(str, arguments)]
-    return subprocess.run(command, env=env, input=stdin, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=env, input=stdin, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +111,7 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 print(len(packed.generate(**tokenizer("the cat", return_tensors="pt"), max_new_tokens=5, do_sample=False)[0]))
 """
     command = [sys.executable, "-c", script, str(run / "e2e-qp"), str(run / "pack")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
     difference, generated = done.stdout.split()
     assert float(difference) < 2e-3
     assert int(generated) > 5
@@ -132,17 +135,15 @@ def test_killed_stages_resume_to_the_same_bits(
     run, _ = finished_run
     mine = tmp_path / "run"
     shutil.copytree(run / "calibrate", mine / "calibrate")
-    partial = mine / "block-ap.partial"
-    _kill_when(lambda: (partial / "model-block-0000.safetensors").is_file(), "block-ap", mine, smoke_env)
-    assert not (mine / "block-ap").exists()
-    resumed = qat("block-ap", RECIPE, "--run", mine, env=smoke_env)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "kept from the interrupted run" in resumed.stderr or (mine / "block-ap").is_dir()
-    assert _digests(mine / "block-ap") == _digests(run / "block-ap")
-
-    _kill_when(lambda: (mine / "e2e-qp.partial" / "optimizer.safetensors").is_file(), "e2e-qp", mine, smoke_env)
-    assert qat("e2e-qp", RECIPE, "--run", mine, env=smoke_env).returncode == 0
-    assert _digests(mine / "e2e-qp") == _digests(run / "e2e-qp")
+    for stage, killed_after in (("block-ap", "model-block-0000.safetensors"), ("e2e-qp", "optimizer.safetensors")):
+        _kill_after_writing(killed_after, stage, mine, smoke_env)
+        assert not (mine / stage).exists()
+        kept = (mine / f"{stage}.partial" / killed_after).stat()
+        resumed = qat(stage, RECIPE, "--run", mine, env=smoke_env)
+        assert resumed.returncode == 0, resumed.stderr
+        assert _digests(mine / stage) == _digests(run / stage)
+        if stage == "block-ap":  # the finished block was not trained again
+            assert (mine / stage / killed_after).stat().st_mtime_ns == kept.st_mtime_ns
 
 
 def test_finished_stage_is_not_run_again(smoke_env: dict[str, str], finished_run: tuple[Path, dict]) -> None:
@@ -200,9 +201,9 @@ def test_inspect_describes_a_stage(smoke_env: dict[str, str], finished_run: tupl
 def test_second_process_is_refused(smoke_env: dict[str, str], finished_run: tuple[Path, dict], tmp_path: Path) -> None:
     run, _ = finished_run
     shutil.copytree(run / "calibrate", tmp_path / "calibrate")
-    first = _start("block-ap", tmp_path, smoke_env)
+    first = _start("block-ap", tmp_path, smoke_env, LONG)
     try:
-        _wait(lambda: (tmp_path / "block-ap.lock").is_file(), first)
+        _wait(lambda: (tmp_path / "block-ap.partial").is_dir(), first)  # the lock comes before it
         second = qat("block-ap", RECIPE, "--run", tmp_path, env=smoke_env)
     finally:
         first.kill()
@@ -216,29 +217,40 @@ def test_interrupt_says_how_to_continue(
 ) -> None:
     run, _ = finished_run
     shutil.copytree(run / "calibrate", tmp_path / "calibrate")
-    process = _start("block-ap", tmp_path, smoke_env)
+    process = _start("block-ap", tmp_path, smoke_env, LONG)
     _wait(lambda: (tmp_path / "block-ap.partial" / "log.jsonl").is_file(), process)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
     assert "continue with `qat block-ap" in stderr
 
 
-def _start(stage: str, run: Path, env: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "qatcli", stage, str(RECIPE), "--run", str(run)]
+def _start(stage: str, run: Path, env: dict[str, str], options: Sequence[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "qatcli", stage, str(RECIPE), "--run", str(run), *options]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def _kill_when(reached, stage: str, run: Path, env: dict[str, str]) -> None:
-    """Start a stage and kill -9 it as soon as `reached()`."""
-    process = _start(stage, run, env)
-    _wait(reached, process)
-    process.kill()
-    process.wait()
+def _kill_after_writing(name: str, stage: str, run: Path, env: dict[str, str]) -> None:
+    """Run a stage that kill -9 ends at the moment when the file `name` has appeared under its final name."""
+    script = """
+import os, signal, sys
+replace = os.replace
+def replace_then_die(source, target, **options):
+    replace(source, target, **options)
+    if os.path.basename(target) == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace_then_die
+del sys.argv[0]
+from qatcli.cli import main
+main()
+"""
+    command = [sys.executable, "-c", script, name, stage, str(RECIPE), "--run", str(run)]
+    killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 def _wait(reached, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TIMEOUT
     while not reached():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "the stage did not get there"

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qat_kernels import dequantize, pack, quantize
 from torch import nn
 
+from qat_kernels import quantize
 from qatcli.grid import initial_grid
 from qatcli.hf import load_packed
 from qatcli.models.source import ModelSource
+from qatcli.packed import QuantizedLinear
 from qatcli.recipe.schema import QuantSection
 
 
@@ -50,8 +51,7 @@ def packed(name: str, path: Path, device: torch.device, *, trust_remote_code: bo
 
 
 def _rounded(weight: torch.Tensor, bits: int, group_size: int, *, symmetric: bool) -> torch.Tensor:
-    grid = {"bits": bits, "group_size": group_size}
-    scale, zero_point = initial_grid(weight, **grid, symmetric=symmetric, method="minmax")
-    codes = pack(quantize(weight, scale, zero_point, **grid), bits=bits)
-    columns = weight.shape[1]
-    return dequantize(codes, scale, zero_point.to(torch.uint8), **grid, in_features=columns, dtype=weight.dtype)
+    scale, zero_point = initial_grid(weight, bits=bits, group_size=group_size, symmetric=symmetric, method="minmax")
+    codes = quantize(weight, scale, zero_point, bits=bits, group_size=group_size)
+    linear = QuantizedLinear(codes, scale, zero_point.to(torch.uint8), bits, group_size)
+    return linear.dequantize(weight.dtype)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qatcli.errors import InputError
 from qatcli.models.source import ModelSource
@@ -27,7 +27,7 @@ class BlockModel:
     """A model whose decoder blocks are on the meta device and are materialized one at a time."""
 
     source: ModelSource
-    skeleton: nn.Module
+    skeleton: PreTrainedModel
     prefix: str  # name of the block list, e.g. "model.layers"
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class BlockModel:
             return [record.arguments[i] for i in range(len(self))]
 
     def _blocks(self) -> nn.ModuleList:
-        return self.skeleton.get_submodule(self.prefix)  # type: ignore[return-value]
+        return self.skeleton.get_submodule(self.prefix)
 
     @contextmanager
     def _prelude(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[nn.Module, _Record]]:
@@ -131,9 +131,7 @@ def open_blocks(source: ModelSource) -> BlockModel:
     """
     config = source.config()
     with init_empty_weights(include_buffers=False):
-        skeleton = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=source.trust_remote_code, attn_implementation="sdpa"
-        )
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     skeleton.tie_weights()
     layers = config.get_text_config().num_hidden_layers
     candidates = {

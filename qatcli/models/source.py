@@ -66,9 +66,7 @@ class ModelSource:
 
     def load_model(self, dtype: torch.dtype | str, device: torch.device) -> Any:
         """The whole model, for the end-to-end teacher and for evaluation."""
-        model = AutoModelForCausalLM.from_pretrained(
-            self.path, dtype=dtype, trust_remote_code=self.trust_remote_code, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, trust_remote_code=self.trust_remote_code)
         return model.to(device).eval()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from qatcli.recipe.locations import escape_variables

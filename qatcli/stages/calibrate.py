@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qat_kernels import quantize
 from torch import Tensor, nn
 
+from qat_kernels import quantize
 from qatcli.activations import advance_stream, fill_stream, stream_budget
 from qatcli.blockfiles import block_file, block_quants, finish, save_block
 from qatcli.data import load_windows, sample_windows, save_windows
@@ -136,6 +136,7 @@ def _round_block(
     errors: dict[str, float] = {}
     for name, q in quants.items():
         linear = block.get_submodule(name.removeprefix(prefix))
+        assert isinstance(linear, nn.Linear)
         weight, shape = linear.weight.detach(), {"bits": q.bits, "group_size": q.group_size}
         moment = moments.get(name)
         scale, zero_point = initial_grid(weight, **shape, symmetric=quant.symmetric, method=quant.init, moment=moment)

@@ -1,0 +1,107 @@
+"""Perplexity and divergence against transformers' own loss and torch's own divergence."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
+from transformers import AutoModelForCausalLM
+
+from qatcli.evaluation.candidates import full_precision, round_to_nearest
+from qatcli.evaluation.perplexity import DIVERGENCE_WINDOWS, divergence, perplexity
+from qatcli.models.source import open_source
+from qatcli.recipe import QuantSection
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+
+
+@pytest.fixture(scope="module")
+def model(random_llama: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(random_llama, dtype=FP32).eval()
+
+
+@pytest.fixture(scope="module")
+def other(random_llama: Path) -> Any:
+    """The same model with other weights in its last block."""
+    model = AutoModelForCausalLM.from_pretrained(random_llama, dtype=FP32).eval()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(-0.5)
+    return model
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    return torch.randint(0, 61, (5, 16), dtype=torch.int32)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_perplexity_is_exp_of_the_loss_of_transformers(model: Any, windows: Tensor, batch_size: int) -> None:
+    with torch.no_grad():
+        losses = [float(model(input_ids=w[None].long(), labels=w[None].long()).loss) for w in windows]
+    counted: list[int] = []
+    found = perplexity(model, windows, batch_size=batch_size, device=CPU, dtype=FP32, progress=counted.append)
+    assert found == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-5)
+    assert sum(counted) == len(windows)
+
+
+def test_perplexity_under_autocast_is_close(model: Any, windows: Tensor) -> None:
+    exact = perplexity(model, windows, batch_size=5, device=CPU, dtype=FP32)
+    rounded = perplexity(model, windows, batch_size=5, device=CPU, dtype=torch.bfloat16)
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.05)
+
+
+def test_a_model_does_not_diverge_from_itself(model: Any, windows: Tensor) -> None:
+    found = divergence(model, model, windows, device=CPU, dtype=FP32)
+    assert found.mean_kl == pytest.approx(0, abs=1e-6)
+    assert found.kl_99 == pytest.approx(0, abs=1e-6)
+    assert found.top1_agreement == 1
+    assert found.tokens == 5 * 16
+
+
+def test_divergence_is_from_full_precision_to_the_model(model: Any, other: Any, windows: Tensor) -> None:
+    with torch.no_grad():
+        ours, reference = (m(input_ids=windows.long()).logits.double() for m in (other, model))
+    kl = kl_divergence(Categorical(logits=reference), Categorical(logits=ours)).flatten().numpy()
+    found = divergence(other, model, windows, device=CPU, dtype=FP32)
+    assert found.mean_kl == pytest.approx(kl.mean(), rel=1e-3)
+    assert found.kl_99 == pytest.approx(np.quantile(kl, 0.99), rel=1e-3)
+    agreement = float((ours.argmax(-1) == reference.argmax(-1)).double().mean())
+    assert found.top1_agreement == pytest.approx(agreement)
+    assert 0 < agreement < 1
+
+
+def test_divergence_is_measured_on_the_first_windows(model: Any, other: Any) -> None:
+    many = torch.randint(0, 61, (DIVERGENCE_WINDOWS + 2, 8), dtype=torch.int32)
+    found = divergence(other, model, many, device=CPU, dtype=FP32)
+    assert found.tokens == DIVERGENCE_WINDOWS * 8
+    assert found == divergence(other, model, many[:DIVERGENCE_WINDOWS], device=CPU, dtype=FP32)
+
+
+def test_round_to_nearest_is_the_model_on_min_max_grids(random_llama: Path, model: Any) -> None:
+    quant = QuantSection(bits=3, group_size=16, skip=("lm_head", "*.1.mlp.*"))
+    source = open_source(str(random_llama))
+    candidate = round_to_nearest(source, quant, CPU)
+    rounded = candidate.load()
+    assert candidate.name == "round_to_nearest"
+    checked = 0
+    for name, parameter in rounded.named_parameters():
+        weight = model.get_parameter(name).detach()
+        if not name.endswith("_proj.weight") or ".1.mlp." in name:
+            assert torch.equal(parameter, weight), name
+            continue
+        groups = weight.reshape(len(weight), -1, 16)
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        step = (high - low) / 7
+        zero_point = (-low / step).round().clamp(0, 7)
+        expected = (((groups / step).round() + zero_point).clamp(0, 7) - zero_point) * step
+        torch.testing.assert_close(parameter.detach(), expected.reshape(weight.shape))
+        checked += 1
+    assert checked == 18
+    assert torch.equal(full_precision(source, CPU).load().lm_head.weight, model.lm_head.weight)

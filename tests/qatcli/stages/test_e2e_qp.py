@@ -1,0 +1,200 @@
+"""e2e-qp: what trains and what does not, what is measured, and what is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qatcli.data import Windows, load_windows, save_windows
+from qatcli.data.windows import WindowSet
+from qatcli.directory import StageDirectory
+from qatcli.errors import DivergedError
+from qatcli.linear import PackedLinear
+from qatcli.packed import ModuleQuant, PackedCheckpoint
+from qatcli.recipe import E2eQpSection, Recipe
+from qatcli.runlog import RunLog
+from qatcli.stages import Job
+from qatcli.stages.e2e_qp import run, trained_parameters
+
+SEQ_LEN, VOCABULARY = 12, 61
+
+
+# What trains.
+
+
+class Model(nn.Module):
+    def __init__(self, scale_dtype: torch.dtype) -> None:
+        super().__init__()
+        kind: dict[str, Any] = {"bias": True, "scale_dtype": scale_dtype, "dtype": torch.float32}
+        self.embed = nn.Embedding(4, 32)
+        self.attention = nn.ModuleDict({"q_proj": PackedLinear(ModuleQuant(2, 32, 32, 32), **kind)})
+        self.norm = nn.LayerNorm(32)
+        self.down_proj = PackedLinear(ModuleQuant(3, 16, 32, 32), **kind)
+        self.lm_head = nn.Linear(32, 4)
+
+
+@pytest.mark.parametrize(
+    ("train", "rates", "expected"),
+    [
+        (["scales"], {}, {"attention.q_proj.weight_scale", "down_proj.weight_scale"}),
+        (["norms"], {"lr_norms": 0.1}, {"norm.weight"}),
+        (
+            ["scales", "norms"],
+            {"lr_norms": 0.1},
+            {"attention.q_proj.weight_scale", "down_proj.weight_scale", "norm.weight"},
+        ),
+    ],
+)
+def test_trained_parameters_have_the_names_of_the_checkpoint(
+    train: list[str], rates: dict[str, float], expected: set[str]
+) -> None:
+    model = Model(torch.float32)
+    found = trained_parameters(model, E2eQpSection(train=train, **rates))
+    assert set(found) == expected
+    named = dict(model.named_parameters())
+    assert all(found[name] is named[name] for name in expected)
+
+
+def test_scales_of_a_published_checkpoint_train_in_fp32() -> None:
+    found = trained_parameters(Model(torch.float16), E2eQpSection())
+    assert {parameter.dtype for parameter in found.values()} == {torch.float32}
+
+
+# The stage.
+
+
+@pytest.fixture
+def stage(random_llama: Path, pack_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Job]:
+    """A function that prepares the stage on a packed random model with random windows: (**e2e_qp) -> its job."""
+    checkpoint = pack_model(random_llama, tmp_path / "block-ap", bits=2)
+
+    def prepare(folder: str = "out", **section: Any) -> Job:
+        settings = {"samples": 8, "validation_samples": 4, "seq_len": SEQ_LEN, "batch_size": 4, "amp": "float32"}
+        settings |= {"gradient_checkpointing": False, "lr_scales": 0.05, "epochs": 2, **section}
+        recipe = Recipe.model_validate(
+            {
+                "model": {"source": str(random_llama)},
+                "quant": {"bits": 2, "group_size": 16},
+                "calibrate": {"data": [{"source": "./not-read.txt"}]},
+                "e2e_qp": settings,
+            }
+        )
+        out = tmp_path / folder
+        out.mkdir()
+        generator = torch.Generator().manual_seed(5)
+
+        def windows(count: int) -> Tensor:
+            return torch.randint(0, VOCABULARY, (count, SEQ_LEN), generator=generator, dtype=torch.int32)
+
+        mask = torch.ones(4, SEQ_LEN, dtype=torch.bool)
+        mask[1, 3:] = False
+        save_windows(out, WindowSet(windows(settings["samples"]), windows(4), None, mask, "", {}))
+        source = StageDirectory(checkpoint, {"kind": "quantized"})
+        return Job(recipe, source, out, tmp_path, RunLog(verbosity=-1), torch.device("cpu"))
+
+    return prepare
+
+
+def all_tensors(path: Path) -> dict[str, Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+def held_out_loss(model: Any, windows: Windows, teacher: Any = None) -> float:
+    """Mean over target tokens, each computed alone."""
+    losses = []
+    with torch.no_grad():
+        for tokens, mask in zip(windows.tokens.long(), windows.mask, strict=True):
+            student = model(input_ids=tokens[None]).logits[0].double().log_softmax(-1)
+            target = None if teacher is None else teacher(input_ids=tokens[None]).logits[0].double().log_softmax(-1)
+            for position in range(1, SEQ_LEN):
+                if not mask[position]:
+                    continue
+                q = student[position - 1]
+                if target is None:
+                    losses.append(-float(q[tokens[position]]))
+                else:
+                    p = target[position - 1]
+                    losses.append(float((p.exp() * (p - q)).sum()))
+    return math.fsum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("loss", ["kl", "next-token"])
+def test_scales_train_and_nothing_else_changes(stage: Callable[..., Job], random_llama: Path, loss: str) -> None:
+    job = stage(loss=loss, samples=32)
+    metrics = run(job)
+    assert (metrics["steps"], metrics["loss"]) == (16, loss)
+    assert metrics["after"] < metrics["before"]
+
+    before, after = all_tensors(job.input.path), all_tensors(job.out)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith(".weight_scale")}
+    assert len(changed) == 21
+
+    load = AutoModelForCausalLM.from_pretrained
+    teacher = load(random_llama, dtype=torch.float32).eval() if loss == "kl" else None
+    _, held_out = load_windows(job.out)
+    for path, figure in ((job.input.path, "before"), (job.out, "after")):
+        model = load(path, dtype=torch.float32).eval()
+        assert metrics[figure] == pytest.approx(held_out_loss(model, held_out, teacher), rel=1e-4)
+
+
+def test_the_stage_leaves_its_files_and_no_optimizer_state(stage: Callable[..., Job]) -> None:
+    job = stage(checkpoint_every=1)
+    run(job)
+    assert {file.name for file in job.out.iterdir()} == {"config.json", "model.safetensors", "windows.safetensors"}
+    assert PackedCheckpoint.open(job.out).modules == PackedCheckpoint.open(job.input.path).modules
+
+
+def test_no_epochs_measure_but_change_nothing(stage: Callable[..., Job]) -> None:
+    job = stage(epochs=0)
+    metrics = run(job)
+    assert metrics["steps"] == 0
+    assert metrics["before"] == metrics["after"] > 0
+    before, after = all_tensors(job.input.path), all_tensors(job.out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_absurd_rate_ends_no_worse_than_it_began(stage: Callable[..., Job]) -> None:
+    job = stage(lr_scales=50.0, grad_clip=None)
+    metrics = run(job)
+    assert metrics["after"] <= metrics["before"]
+    before, after = all_tensors(job.input.path), all_tensors(job.out)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_without_keep_best_the_last_iterate_is_written(stage: Callable[..., Job]) -> None:
+    job = stage(lr_scales=50.0, grad_clip=None, keep_best=False)
+    metrics = run(job)
+    assert metrics["after"] > metrics["before"]
+    before, after = all_tensors(job.input.path), all_tensors(job.out)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_memory_settings_do_not_change_the_result(stage: Callable[..., Job]) -> None:
+    plain, lean = stage("plain", micro_batch_size=4), stage("lean", micro_batch_size=1, gradient_checkpointing=True)
+    run(plain)
+    run(lean)
+    expected, found = all_tensors(plain.out), all_tensors(lean.out)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_that_stay_not_finite_stop_the_stage(stage: Callable[..., Job]) -> None:
+    job = stage(epochs=4)
+    tensors = all_tensors(job.input.path)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, job.input.path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DivergedError, match="not finite for 5 updates") as caught:
+        run(job)
+    assert caught.value.hint is not None
+    assert "e2e_qp.lr_scales" in caught.value.hint

@@ -1,0 +1,81 @@
+"""Block files: what is saved is what runs, whatever the names of the linears."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qatcli.blockfiles import block_file, load_quantized_block, read_linear, save_block
+from qatcli.packed import QuantizedLinear, module_quant
+from qatcli.shards import load_tensors
+
+
+class Router(nn.Module):
+    """A block with linears of which one's name begins with another's, a bias, a norm and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 8)
+        self.gate_proj = nn.Linear(32, 8, bias=False)
+        self.norm = nn.LayerNorm(32)
+        self.register_buffer("layer_scalar", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.layer_scalar * (self.gate(x) + self.gate_proj(x))
+
+
+class OneBlock:
+    """As much of a BlockModel as block files need: freshly initialized blocks."""
+
+    def block_name(self, index: int) -> str:
+        return f"model.layers.{index}"
+
+    def load_block(self, index: int, device: torch.device, dtype: torch.dtype) -> Router:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(index)
+            return Router()
+
+
+@pytest.fixture
+def linear() -> QuantizedLinear:
+    codes = torch.randint(0, 8, (8, 32), dtype=torch.uint8)
+    zero_point = torch.randint(0, 8, (8, 2), dtype=torch.uint8)
+    bias = OneBlock().load_block(1, torch.device("cpu"), torch.float32).gate.bias  # biases stay as the model has them
+    return QuantizedLinear(codes, torch.rand(8, 2) + 0.1, zero_point, bits=3, group_size=16, bias=bias.detach())
+
+
+def test_what_is_saved_is_what_runs(tmp_path: Path, linear: QuantizedLinear) -> None:
+    model: Any = OneBlock()
+    name = "model.layers.1.gate"
+    others = {
+        "gate_proj.weight": torch.randn(8, 32),
+        "norm.weight": torch.randn(32),
+        "norm.bias": torch.randn(32),
+        "layer_scalar": torch.tensor([2.5]),
+    }
+    save_block(tmp_path, 1, {name: linear}, {f"model.layers.1.{key}": value for key, value in others.items()})
+    block = load_quantized_block(tmp_path, model, 1, {name: module_quant(linear)}, torch.device("cpu"))
+
+    expected = Router()
+    expected.load_state_dict({**others, "gate.weight": linear.dequantize(), "gate.bias": linear.bias})
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(block(x), expected(x))
+    assert not block.training
+    assert all(torch.equal(block.state_dict()[key], value) for key, value in expected.state_dict().items())
+
+
+def test_a_block_file_is_a_shard_of_a_packed_checkpoint(tmp_path: Path, linear: QuantizedLinear) -> None:
+    name = "model.layers.7.gate"
+    save_block(tmp_path, 7, {name: linear}, {"model.layers.7.norm.weight": torch.ones(32)})
+    assert [file.name for file in tmp_path.iterdir()] == ["model-block-0007.safetensors"]
+    tensors = load_tensors(block_file(tmp_path, 7))
+    suffixes = ("weight_packed", "weight_scale", "weight_zero_point", "bias")
+    assert set(tensors) == {f"{name}.{suffix}" for suffix in suffixes} | {"model.layers.7.norm.weight"}
+    _, scale, zero_point = read_linear(tensors, name, module_quant(linear))
+    assert torch.equal(scale, linear.scale)
+    assert torch.equal(zero_point, linear.zero_point)

@@ -1,0 +1,314 @@
+"""The command line: a frozen surface, errors as sentences, exit codes, and data alone on standard output."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+from typer.testing import CliRunner
+
+import qatcli
+from qatcli import errors
+from qatcli.cli import app
+from qatcli.stages import STAGES
+
+STAGE_OPTIONS = {"--run", "--from", "--set", "--restart", "--device", "--json", "-q", "--quiet", "-v", "--verbose"}
+FROZEN = {
+    **dict.fromkeys(["calibrate", "block-ap", "e2e-qp", "pack", "import", "eval"], STAGE_OPTIONS),
+    "export": STAGE_OPTIONS | {"--format", "--verify", "--no-verify"},
+    "run": STAGE_OPTIONS - {"--from"},
+    "inspect": {"--json"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe that loads; the model and the text that it names are not there."""
+    content = {
+        "model": {"source": "owner/model"},
+        "quant": {"bits": 2},
+        "calibrate": {"data": [{"source": "owner/text"}]},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """A function that lets every stage return, or raise, what it is given; it returns the calls made."""
+
+    def install(outcome: object) -> list[dict[str, Any]]:
+        calls: list[dict[str, Any]] = []
+
+        def run_one(stage: str, recipe: Path, overrides: list[str], **options: Any) -> object:
+            calls.append({"stage": stage, "recipe": recipe, "overrides": overrides, **options})
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr("qatcli.chain.run_one", run_one)
+        return calls
+
+    return install
+
+
+def qat(*arguments: str | Path, stdin: str | None = None) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def options(command: Any) -> set[str]:
+    return {
+        name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts) if name[0] == "-"
+    }
+
+
+# The surface.
+
+
+def test_the_help_lists_every_command() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert set(commands) >= set(STAGES) | {"run", "inspect"}
+    for flag in ("--help", "-h"):
+        shown = qat(flag)
+        assert shown.exit_code == 0
+        listed = {line.split()[0] for line in shown.output.splitlines() if line.startswith("  ") and line.strip()}
+        assert listed >= set(commands)
+    for name, command in commands.items():
+        assert command.help, f"{name} does not say what it does"
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_no_new_options(name: str) -> None:
+    """Knobs belong into the recipe; an option says which and where. Change this table only for the latter."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert options(commands[name]) == FROZEN[name]
+    arguments = [parameter.name for parameter in commands[name].params if parameter.param_type_name == "argument"]
+    assert arguments == (["directory"] if name == "inspect" else ["recipe"])
+
+
+def test_every_stage_has_a_command_with_the_same_options() -> None:
+    assert set(FROZEN) >= set(STAGES)
+    assert all(FROZEN[name] >= STAGE_OPTIONS for name in STAGES)
+
+
+def test_the_version() -> None:
+    shown = qat("--version")
+    assert (shown.exit_code, shown.stdout) == (0, f"qat {qatcli.__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [["blockap"], ["block-ap"], ["block-ap", "r.yaml", "--bits", "2"]])
+def test_a_wrong_command_line_exits_2(arguments: list[str]) -> None:
+    done = qat(*arguments)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr
+
+
+# What goes out.
+
+
+def test_standard_output_is_the_directory(recipe: Path, stub: Callable[..., list[dict[str, Any]]]) -> None:
+    calls = stub({"stage": "block-ap", "path": "runs/x/block-ap", "seconds": 1.5, "metrics": {}})
+    done = qat("block-ap", recipe)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "runs/x/block-ap\n", "")
+    expected = {"stage": "block-ap", "recipe": recipe, "overrides": [], "run_dir": None, "source": None}
+    assert calls == [{**expected, "restart": False, "device": None, "verbosity": 0}]
+
+
+def test_json_is_one_object_on_one_line(recipe: Path, stub: Callable[..., Any]) -> None:
+    result = {"stage": "pack", "path": "runs/x/pack", "seconds": 1.5, "metrics": {"a": [1, None], "b": "x\ny"}}
+    stub(result)
+    done = qat("pack", recipe, "--json")
+    assert done.stdout.count("\n") == 1
+    assert json.loads(done.stdout) == result
+
+
+def test_every_option_arrives(recipe: Path, tmp_path: Path, stub: Callable[..., list[dict[str, Any]]]) -> None:
+    calls = stub({"path": "x"})
+    given = ["--run", tmp_path / "r", "--from", tmp_path / "f", "--set", "a.b=1", "--set", "c=2", "--restart"]
+    qat("e2e-qp", recipe, *given, "--device", "cuda:1", "-q")
+    qat("e2e-qp", recipe, "-v")
+    assert calls[0] == {
+        "stage": "e2e-qp",
+        "recipe": recipe,
+        "overrides": ["a.b=1", "c=2"],
+        "run_dir": tmp_path / "r",
+        "source": tmp_path / "f",
+        "restart": True,
+        "device": "cuda:1",
+        "verbosity": -1,
+    }
+    assert calls[1]["verbosity"] == 1
+
+
+def test_from_reads_standard_input(recipe: Path, stub: Callable[..., list[dict[str, Any]]]) -> None:
+    calls = stub({"path": "x"})
+    assert qat("block-ap", recipe, "--from", "-", stdin="runs/x/calibrate\n").exit_code == 0
+    assert calls[0]["source"] == Path("runs/x/calibrate")
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize("stdin", ["", "\n"])
+def test_an_empty_pipe(recipe: Path, stdin: str) -> None:
+    done = qat("block-ap", recipe, "--from", "-", stdin=stdin)
+    assert done.exit_code == 2
+    assert "standard input is empty" in done.stderr
+    assert "hint: pipe" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_wrong_recipe_names_file_and_keys(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("bits: 2", "bits: 5\n  colour: red"))
+    for command in ("calibrate", "run", "export"):
+        done = qat(command, recipe)
+        assert done.exit_code == 2, command
+        assert done.stdout == ""
+        assert done.stderr.startswith("error: ")
+        for said in (str(recipe), "quant.bits", "quant.colour"):
+            assert said in done.stderr
+
+
+def test_a_wrong_override_names_the_key(recipe: Path) -> None:
+    done = qat("calibrate", recipe, "--set", "quant.bits=7")
+    assert done.exit_code == 2
+    assert "--set" in done.stderr
+    assert "quant.bits" in done.stderr
+
+
+@pytest.mark.parametrize("content", [None, "folder", b"\xff\xfe\x00\x01", b"a: [", b"", b"- 1"])
+def test_an_unreadable_recipe(tmp_path: Path, content: bytes | str | None) -> None:
+    path = tmp_path / "broken.yaml"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    done = qat("calibrate", path)
+    assert done.exit_code == 2
+    assert f"error: {path}" in done.stderr
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("nonsense", "not a device"), ("cpu:x", "not a device"), ("meta", "not supported"), ("cuda", "no CUDA device")],
+)
+def test_a_device_that_is_not_there(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    partial = tmp_path / "run" / "calibrate.partial"
+    partial.mkdir(parents=True)
+    (partial / "resume.json").write_text("{}")
+    done = qat("calibrate", recipe, "--run", tmp_path / "run", "--device", device, "--restart")
+    assert done.exit_code == 2
+    assert f"--device {device}" in done.stderr
+    assert said in done.stderr
+    assert "hint: use" in done.stderr
+    assert (partial / "resume.json").is_file(), "a slip of the keyboard costs no finished work"
+
+
+def test_a_missing_input_exits_3(recipe: Path, tmp_path: Path) -> None:
+    done = qat("block-ap", recipe, "--run", tmp_path / "run", "--device", "cpu")
+    assert done.exit_code == 3
+    assert "hint: run `qat calibrate`" in done.stderr
+    assert qat("inspect", tmp_path).exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.QatError, 1),
+        (errors.RecipeError, 2),
+        (errors.UsageError, 2),
+        (errors.InputError, 3),
+        (errors.VerificationError, 4),
+        (errors.DivergedError, 5),
+        (errors.ResourceError, 6),
+    ],
+)
+def test_every_error_has_its_exit_code(
+    recipe: Path, stub: Callable[..., Any], error: type[errors.QatError], code: int
+) -> None:
+    stub(error("what happened", hint="what to do"))
+    done = qat("pack", recipe)
+    assert done.exit_code == code
+    assert done.stdout == ""
+    assert done.stderr == "error: what happened\n\nhint: what to do\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/runs/x/model.safetensors"),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "/runs/x/model.safetensors"),
+        PermissionError(errno.EACCES, "Permission denied", "/runs/x/model.safetensors"),
+        OSError(errno.EROFS, "Read-only file system", "/runs/x/model.safetensors"),
+    ],
+)
+def test_a_disk_that_cannot_be_written_exits_6(recipe: Path, stub: Callable[..., Any], error: OSError) -> None:
+    stub(error)
+    done = qat("pack", recipe)
+    assert done.exit_code == 6
+    assert done.stderr.startswith("error: cannot write (/runs/x/model.safetensors): ")
+    assert "hint: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 64.0 GiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee documentation"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"
+        ),
+    ],
+)
+def test_too_little_memory_exits_6(recipe: Path, stub: Callable[..., Any], error: Exception) -> None:
+    stub(error)
+    done = qat("block-ap", recipe)
+    assert done.exit_code == 6
+    assert done.stderr.startswith("error: out of memory: ")
+    assert "hint: lower batch_size" in done.stderr
+    assert "See documentation" not in done.stderr
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.ENOENT, "No such file"), ValueError("a bug")])
+def test_a_bug_keeps_its_traceback(recipe: Path, stub: Callable[..., Any], error: Exception) -> None:
+    stub(error)
+    done = qat("block-ap", recipe)
+    assert done.exit_code == 1
+    assert done.exception is error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), BrokenPipeError()])
+def test_an_interrupt_exits_130_and_says_how_to_continue(
+    recipe: Path, stub: Callable[..., Any], error: BaseException
+) -> None:
+    stub(error)
+    done = qat("block-ap", recipe)
+    assert done.exit_code == 130
+    assert done.stdout == ""
+    assert f"continue with `qat block-ap {recipe}`" in done.stderr
+
+
+def test_a_termination_signal_is_an_interrupt(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qatcli.chain.run_one", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert qat("calibrate", recipe).exit_code == 130

@@ -1,0 +1,258 @@
+"""Stage directories: whole or not there, verified when read, continued only by the same recipe and input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qatcli import directory
+from qatcli.directory import StageDirectory, begin, commit, foreign_checkpoint, locked, open_stage, refuse_changes
+from qatcli.errors import InputError, UsageError
+
+IDENTITY: dict[str, Any] = {"quant": {"bits": 2, "group_size": 64}, "input": "abc"}
+
+
+def finish(path: Path, content: str = "weights", *, restart: bool = False, **facts: Any) -> StageDirectory:
+    """Run a stage that writes two files, from `begin` to `commit`."""
+    partial = begin(path, IDENTITY, restart=restart)
+    (partial / "model.safetensors").write_text(content)
+    (partial / "sub").mkdir(exist_ok=True)
+    (partial / "sub" / "more.json").write_text("{}")
+    (partial / "log.jsonl").write_text('{"event": "start"}\n')
+    return commit(path, partial, {"kind": "quantized", "identity": IDENTITY, **facts})
+
+
+def edit(path: Path, how: Callable[[dict[str, Any]], Any]) -> None:
+    facts = json.loads((path / "stage.json").read_text())
+    how(facts)
+    (path / "stage.json").write_text(json.dumps(facts))
+
+
+def names(path: Path) -> list[str]:
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Path:
+    """A finished stage directory."""
+    finish(tmp_path / "run" / "block-ap")
+    return tmp_path / "run" / "block-ap"
+
+
+def test_a_finished_stage_holds_its_files_and_nothing_else(stage: Path) -> None:
+    assert names(stage) == ["log.jsonl", "model.safetensors", "stage.json", "sub/more.json"]
+    assert [path.name for path in stage.parent.iterdir()] == ["block-ap"]
+    opened = open_stage(stage, kinds=("packed", "quantized"))
+    assert opened.kind == "quantized"
+    assert opened.facts["identity"] == IDENTITY
+    assert opened.facts["format_version"] == 1
+
+
+def test_digests_are_the_sha256_of_every_file_but_the_log(stage: Path) -> None:
+    expected = {
+        "model.safetensors": hashlib.sha256(b"weights").hexdigest(),
+        "sub/more.json": hashlib.sha256(b"{}").hexdigest(),
+    }
+    assert open_stage(stage).facts["files"] == expected
+
+
+def test_the_digest_of_a_stage_follows_every_file(tmp_path: Path) -> None:
+    first, same, other = (finish(tmp_path / name, content) for name, content in [("a", "x"), ("b", "x"), ("c", "y")])
+    assert first.digest == same.digest == open_stage(tmp_path / "a").digest
+    assert first.digest != other.digest
+
+
+def test_nothing_stands_under_the_final_name_before_commit(tmp_path: Path) -> None:
+    path = tmp_path / "block-ap"
+    partial = begin(path, IDENTITY, restart=False)
+    (partial / "model.safetensors").write_text("half")
+    assert not path.exists()
+    with pytest.raises(InputError, match="not finished") as caught:
+        open_stage(path)
+    assert caught.value.hint is not None
+    assert "qat block-ap" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "sub/more.json"])
+def test_a_changed_file_is_named(stage: Path, name: str) -> None:
+    content = (stage / name).read_text()
+    (stage / name).write_text(content[:-1] + "~")
+    with pytest.raises(InputError, match=f"{name} is damaged"):
+        open_stage(stage)
+
+
+def test_a_missing_file_is_named(stage: Path) -> None:
+    (stage / "sub" / "more.json").unlink()
+    with pytest.raises(InputError, match=r"incomplete: sub/more\.json is missing"):
+        open_stage(stage)
+
+
+def test_another_kind_is_refused_with_what_is_expected(stage: Path) -> None:
+    with pytest.raises(InputError, match="holds a quantized; expected packed or metrics"):
+        open_stage(stage, kinds=("packed", "metrics"))
+
+
+def test_another_format_version_is_refused(stage: Path) -> None:
+    edit(stage, lambda facts: facts.update(format_version=2))
+    with pytest.raises(InputError, match="format version 2; this qat reads 1"):
+        open_stage(stage)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", '{"files": {}}', '{"files": 3, "kind": "x"}', "\x00"])
+def test_a_malformed_stage_file_is_an_input_error(stage: Path, content: str) -> None:
+    (stage / "stage.json").write_text(content)
+    with pytest.raises(InputError, match=r"stage\.json is malformed"):
+        open_stage(stage)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/../../secret"])
+def test_a_stage_file_cannot_point_outside_its_directory(stage: Path, name: str) -> None:
+    (stage.parent / "secret").write_text("x")
+    digest = hashlib.sha256(b"x").hexdigest()
+    edit(stage, lambda facts: facts["files"].update({name: digest}))
+    with pytest.raises(InputError, match="incomplete"):
+        open_stage(stage)
+
+
+def test_a_directory_without_a_stage_file_is_no_stage(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no stage\.json"):
+        open_stage(tmp_path)
+    with pytest.raises(InputError, match=r"no stage\.json"):
+        open_stage(tmp_path / "nowhere")
+
+
+# Resume.
+
+
+def test_the_same_identity_continues_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "block-ap"
+    first = begin(path, IDENTITY, restart=False)
+    (first / "block-0").write_text("done")
+    again = begin(path, json.loads(json.dumps(IDENTITY)), restart=False)
+    assert again == first
+    assert (again / "block-0").read_text() == "done"
+
+
+def test_another_identity_is_refused_by_the_names_of_the_keys(tmp_path: Path) -> None:
+    path = tmp_path / "block-ap"
+    partial = begin(path, IDENTITY, restart=False)
+    (partial / "block-0").write_text("done")
+    changed = {"quant": {"bits": 3, "group_size": 64, "symmetric": True}, "input": "abc"}
+    with pytest.raises(UsageError) as caught:
+        begin(path, changed, restart=False)
+    lines = caught.value.message.splitlines()
+    assert lines[1:] == ["  quant.bits: was 2, is 3", "  quant.symmetric: was None, is True"]
+    assert caught.value.hint is not None
+    assert "--restart" in caught.value.hint
+    assert (partial / "block-0").read_text() == "done"
+
+
+def test_restart_begins_with_an_empty_directory(tmp_path: Path) -> None:
+    path = tmp_path / "block-ap"
+    (begin(path, IDENTITY, restart=False) / "block-0").write_text("done")
+    partial = begin(path, {"input": "other"}, restart=True)
+    assert names(partial) == ["resume.json"]
+    assert begin(path, {"input": "other"}, restart=False) == partial
+
+
+def test_a_restart_keeps_the_old_result_until_the_new_one_is_whole(stage: Path) -> None:
+    before = open_stage(stage).digest
+    partial = begin(stage, {"input": "new"}, restart=True)
+    (partial / "model.safetensors").write_text("new weights")
+    assert open_stage(stage).digest == before
+    commit(stage, partial, {"kind": "quantized"})
+    assert (stage / "model.safetensors").read_text() == "new weights"
+    assert names(stage) == ["model.safetensors", "stage.json"]
+    assert [path.name for path in stage.parent.iterdir()] == ["block-ap"]
+    open_stage(stage)
+
+
+def test_leftovers_of_a_process_killed_before_it_began_are_removed(tmp_path: Path) -> None:
+    partial = tmp_path / "block-ap.partial"
+    partial.mkdir()
+    (partial / "resume.json.writing").write_text("{")
+    assert names(begin(tmp_path / "block-ap", IDENTITY, restart=False)) == ["resume.json"]
+
+
+@pytest.mark.parametrize("call", ["write_json", "_sha256", "_fsync"])
+def test_a_process_killed_while_committing_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Hashing and syncing a large model takes minutes: what is there must survive them."""
+    path = tmp_path / "block-ap"
+    partial = begin(path, IDENTITY, restart=False)
+    (partial / "block-0").write_text("done")
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(directory, call, die)
+        with pytest.raises(KeyboardInterrupt):
+            commit(path, partial, {"kind": "quantized"})
+    assert not path.exists()
+    again = begin(path, IDENTITY, restart=False)
+    assert (again / "block-0").read_text() == "done"
+    commit(path, again, {"kind": "quantized"})
+    assert names(path) == ["block-0", "stage.json"]
+    assert list(open_stage(path).facts["files"]) == ["block-0"]
+
+
+def test_refuse_changes_accepts_what_is_equal() -> None:
+    refuse_changes(IDENTITY, json.loads(json.dumps(IDENTITY)), Path("x"))
+    with pytest.raises(UsageError, match="input: was abc, is None"):
+        refuse_changes(IDENTITY, {"quant": IDENTITY["quant"]}, Path("x"))
+
+
+# Locks.
+
+
+def test_a_second_process_is_refused_while_the_first_works(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "block-ap"
+    script = "import sys; from pathlib import Path; from qatcli.directory import locked\n"
+    script += "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(UsageError, match=f"process {holder.pid} on"), locked(path):
+            pass
+        holder.kill()
+        holder.wait()
+    with locked(path):  # the system released what the dead process held
+        assert str(os.getpid()) in path.with_name("block-ap.lock").read_text()
+
+
+def test_a_lock_is_gone_when_the_stage_is_done(tmp_path: Path) -> None:
+    path = tmp_path / "block-ap"
+    with locked(path), locked(tmp_path / "other"):
+        assert len(list(tmp_path.iterdir())) == 2
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RuntimeError, match="a bug"), locked(path):
+        raise RuntimeError("a bug")
+    with locked(path):
+        pass
+
+
+# Inputs that no stage wrote.
+
+
+def test_a_foreign_checkpoint_is_identified_by_its_content(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("weights")
+    first = foreign_checkpoint(tmp_path / "a")
+    assert first.kind == "checkpoint"
+    assert first.digest == foreign_checkpoint(tmp_path / "b").digest
+    (tmp_path / "b" / "model.safetensors").write_text("other")
+    assert first.digest != foreign_checkpoint(tmp_path / "b").digest
+    with pytest.raises(InputError, match="not a directory"):
+        foreign_checkpoint(tmp_path / "missing")

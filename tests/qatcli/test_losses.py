@@ -1,0 +1,106 @@
+"""Token losses against their definition, token by token, and their gradients against autograd's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
+
+from qatcli.losses import ROWS, token_loss
+
+
+def log_softmax(logits: list[float]) -> list[float]:
+    total = math.log(math.fsum(math.exp(value) for value in logits))
+    return [value - total for value in logits]
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits of student and teacher [2, 5, 7], tokens [2, 5], and a mask with true and false of each kind."""
+    mask = torch.tensor([[True, True, False, True, False], [False, False, True, True, True]])
+    return torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5)), mask
+
+
+def test_next_token_loss_is_minus_the_log_probability_of_each_target(batch: tuple[Tensor, ...]) -> None:
+    student, _, tokens, mask = batch
+    expected = 0.0
+    for row in range(2):
+        for position in range(1, 5):  # the first token is never predicted
+            if mask[row, position]:
+                probabilities = log_softmax(student[row, position - 1].tolist())
+                expected -= probabilities[int(tokens[row, position])]
+    assert float(token_loss(student, None, tokens, mask)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_kl_is_from_the_teacher_to_the_student_at_each_target(batch: tuple[Tensor, ...]) -> None:
+    student, teacher, tokens, mask = batch
+    expected = 0.0
+    for row in range(2):
+        for position in range(1, 5):
+            if mask[row, position]:
+                log_p = log_softmax(teacher[row, position - 1].tolist())
+                log_q = log_softmax(student[row, position - 1].tolist())
+                expected += math.fsum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True))
+    assert float(token_loss(student, teacher, tokens, mask)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_kl_of_equal_distributions_is_zero_with_zero_gradient(batch: tuple[Tensor, ...]) -> None:
+    student, _, tokens, mask = batch
+    student.requires_grad_(True)
+    loss = token_loss(student, student.detach() + 3.0, tokens, mask)  # the same distribution, shifted logits
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
+    assert student.grad is not None
+    assert float(student.grad.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_only_positions_before_a_target_matter(batch: tuple[Tensor, ...], with_teacher: bool) -> None:
+    student, teacher, tokens, mask = batch
+    student.requires_grad_(True)
+    token_loss(student, teacher if with_teacher else None, tokens, mask).backward()
+    assert student.grad is not None
+    touched = student.grad.abs().sum(-1) > 0
+    expected = torch.cat([mask[:, 1:], torch.zeros(2, 1, dtype=torch.bool)], dim=1)
+    assert torch.equal(touched, expected)
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_no_target_is_no_loss(batch: tuple[Tensor, ...], with_teacher: bool) -> None:
+    student, teacher, tokens, mask = batch
+    mask = torch.zeros_like(mask)
+    mask[:, 0] = True
+    assert float(token_loss(student, teacher if with_teacher else None, tokens, mask)) == 0
+
+
+def test_losses_of_bf16_logits_are_computed_in_fp32(batch: tuple[Tensor, ...]) -> None:
+    student, teacher, tokens, mask = (t.bfloat16() if t.is_floating_point() else t for t in batch)
+    for target in (None, teacher):
+        loss = token_loss(student, target, tokens, mask)
+        exact = token_loss(student.float(), None if target is None else target.float(), tokens, mask)
+        assert loss.dtype == torch.float32
+        assert float(loss) == float(exact)
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_gradients_are_those_of_the_definition(with_teacher: bool) -> None:
+    """Over more tokens than one block of rows holds, and a last block that is not full."""
+    tokens = torch.randint(0, 11, (3, 2 * ROWS // 3 + 7))
+    mask = torch.rand(tokens.shape) < 0.8
+    assert int(mask[:, 1:].sum()) > ROWS
+    assert int(mask[:, 1:].sum()) % ROWS
+    student, teacher = torch.randn(2, *tokens.shape, 11).unbind(0)
+    ours = student.clone().requires_grad_(True)
+    (token_loss(ours, teacher if with_teacher else None, tokens, mask) / 7).backward()
+
+    exact = student.double().requires_grad_(True)
+    predicted = Categorical(logits=exact[:, :-1][mask[:, 1:]])
+    if with_teacher:
+        loss = kl_divergence(Categorical(logits=teacher[:, :-1][mask[:, 1:]].double()), predicted)
+    else:
+        loss = -predicted.log_prob(tokens[:, 1:][mask[:, 1:]])
+    (loss.sum() / 7).backward()
+    torch.testing.assert_close(ours.grad, exact.grad, check_dtype=False, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,161 @@
+"""The schedule against the reference's, reach, precision, and the best iterate."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qatcli.training import (
+    Schedule,
+    adamw,
+    autocast,
+    compute_dtype,
+    gradients_finite,
+    peak_rate,
+    restore,
+    set_rates,
+    snapshot,
+)
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:To get the last learning rate")
+def test_schedule_is_the_one_of_the_reference() -> None:
+    """EfficientQAT asks torch's cosine for `get_lr()` after each step; users' logs print it after the first epoch.
+
+    4096 updates from 1e-4 to 1e-4 / 20: the log of OpenGVLab/EfficientQAT#24 shows quant_lr 5.246359588146619e-05
+    after update 2048, which is the closed form one step later.
+    """
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-4)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4096, eta_min=1e-4 / 20)
+    ours = Schedule(4096, floor=1 / 20)
+    optimizer.step()
+    for update in range(1, 2049):
+        reference.step()
+        rate = reference.get_lr()[0]
+        assert 1e-4 * ours.factor(update + 1) == pytest.approx(rate, rel=1e-5)
+    assert rate == 5.246359588146619e-05
+    assert 1e-4 * ours.factor(2049) == pytest.approx(5.246359588146619e-05, rel=1e-6)
+
+
+def test_schedule_starts_at_the_peak_and_falls_to_the_floor() -> None:
+    schedule = Schedule(100, floor=0.05)
+    factors = [schedule.factor(step) for step in range(100)]
+    assert factors[0] == 1
+    assert factors == sorted(factors, reverse=True)
+    assert schedule.factor(50) == pytest.approx((1 + 0.05) / 2)
+    assert schedule.factor(100) == pytest.approx(0.05)
+
+
+def test_warm_up_rises_in_equal_steps_to_the_peak() -> None:
+    schedule = Schedule(20, floor=0.0, warmup=4)
+    assert [schedule.factor(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert schedule.factor(5) < 1
+    assert schedule.factor(20) == pytest.approx(0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(steps=st.integers(1, 300), floor=st.floats(0, 1), warmup=st.integers(0, 20))
+def test_total_is_the_sum_of_the_factors(steps: int, floor: float, warmup: int) -> None:
+    schedule = Schedule(steps, floor=floor, warmup=min(warmup, steps - 1))
+    factors = [schedule.factor(step) for step in range(steps)]
+    assert all(0 < factor <= 1 for factor in factors)
+    assert schedule.total() == pytest.approx(math.fsum(factors))
+
+
+@pytest.mark.parametrize("steps", [4, 64, 512])
+def test_reach_is_how_far_adam_goes_whatever_the_number_of_steps(steps: int) -> None:
+    """A gradient of constant sign moves a parameter by `reach` of its units, in 4 steps as in 512."""
+    parameter = nn.Parameter(torch.tensor([5.0, -3.0]))
+    schedule = Schedule(steps, floor=0.05, warmup=steps // 8)
+    optimizer = adamw(
+        [{"params": [parameter], "peak": peak_rate(1.5, units="reach", unit_size=0.02, schedule=schedule)}]
+    )
+    for step in range(steps):
+        set_rates(optimizer, schedule, step)
+        parameter.grad = torch.tensor([0.3, -7.0])
+        optimizer.step()
+    moved = parameter.detach() - torch.tensor([5.0, -3.0])
+    torch.testing.assert_close(moved, torch.tensor([-0.03, 0.03]), rtol=1e-3, atol=0)
+
+
+def test_absolute_rates_are_taken_as_they_are() -> None:
+    assert peak_rate(1e-4, units="absolute", unit_size=0.02, schedule=Schedule(10, 0.0)) == 1e-4
+
+
+def test_a_rate_of_zero_freezes() -> None:
+    trained, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = adamw([{"params": [trained], "peak": 0.1}, {"params": [frozen], "peak": 0.0}])
+    (trained.sum() + (frozen * 1).sum()).backward()
+    optimizer.step()
+    assert not frozen.requires_grad
+    assert frozen.grad is None
+    assert torch.equal(frozen.detach(), torch.ones(2))
+    torch.testing.assert_close(trained.detach(), torch.full((2,), 0.9))
+
+
+def test_weights_do_not_decay() -> None:
+    parameter = nn.Parameter(torch.full((3,), 100.0))
+    optimizer = adamw([{"params": [parameter], "peak": 0.1}])
+    parameter.grad = torch.zeros(3)
+    optimizer.step()
+    assert torch.equal(parameter.detach(), torch.full((3,), 100.0))
+
+
+def test_snapshots_are_copies_and_restore_in_place() -> None:
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(3))]
+    addresses = [p.data_ptr() for p in parameters]
+    saved = snapshot(parameters)
+    for parameter in parameters:
+        parameter.data.add_(5)
+    assert torch.equal(saved[0], torch.ones(2))
+    restore(parameters, saved)
+    assert [p.tolist() for p in parameters] == [[1, 1], [0, 0, 0]]
+    assert [p.data_ptr() for p in parameters] == addresses, "an optimizer still trains the same tensors"
+    parameters[0].data.add_(1)
+    assert torch.equal(saved[0], torch.ones(2))
+    with pytest.raises(ValueError, match="zip"):
+        restore(parameters, saved[:1])
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_gradients_finite(bad: float) -> None:
+    with_gradient, without = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    with_gradient.grad = torch.ones(3)
+    assert gradients_finite([with_gradient, without])
+    with_gradient.grad[1] = bad
+    assert not gradients_finite([with_gradient, without])
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "hardware", "expected"),
+    [
+        ("float32", "cuda", True, FP32),
+        ("bfloat16", "cpu", False, BF16),
+        ("auto", "cuda", True, BF16),
+        ("auto", "cuda", False, FP32),
+        ("auto", "cpu", True, BF16),
+        ("auto", "cpu", False, FP32),
+    ],
+)
+def test_compute_dtype(
+    monkeypatch: pytest.MonkeyPatch, amp: str, device: str, hardware: bool, expected: torch.dtype
+) -> None:
+    """bf16 by itself only where the hardware multiplies it: emulated, it is slower than fp32."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: hardware)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert compute_dtype(amp, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_autocast_computes_in_the_dtype(dtype: torch.dtype) -> None:
+    with autocast(torch.device("cpu"), dtype):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
