@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -179,10 +180,12 @@ def _print_samples(log: RunLog, metrics: dict[str, Any]) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Silence the progress bars of libraries: ours says what is going on."""
+    """Silence the progress bars of libraries, ours says what is going on, and what torchao says when it is imported."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from datasets import disable_progress_bars
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     disable_progress_bars()

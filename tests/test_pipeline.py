@@ -234,13 +234,12 @@ def _kill_after_writing(name: str, stage: str, run: Path, env: dict[str, str]) -
     """Run a stage that kill -9 ends at the moment when the file `name` has appeared under its final name."""
     script = """
 import os, signal, sys
-replace = os.replace
+last, replace = sys.argv.pop(1), os.replace
 def replace_then_die(source, target, **options):
     replace(source, target, **options)
-    if os.path.basename(target) == sys.argv[1]:
+    if os.path.basename(target) == last:
         os.kill(os.getpid(), signal.SIGKILL)
 os.replace = replace_then_die
-del sys.argv[0]
 from qatcli.cli import main
 main()
 """
