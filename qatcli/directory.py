@@ -95,20 +95,26 @@ def locked(path: Path) -> Iterator[None]:
     """
     file = path.with_name(path.name + ".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise UsageError(
-                f"{path} is being written by {holder}", hint="wait for it, stop it, or choose another --run"
-            ) from None
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
-        yield
-        file.unlink(missing_ok=True)
+    while True:
+        with open(file, "a+", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+                raise UsageError(
+                    f"{path} is being written by {holder}", hint="wait for it, stop it, or choose another --run"
+                ) from None
+            if not (file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat())):
+                continue  # the holder before us removed the file between our opening and locking it
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+            handle.flush()
+            try:
+                yield
+            finally:
+                file.unlink()
+            return
 
 
 def begin(path: Path, identity: dict[str, Any], *, restart: bool) -> Path:

@@ -45,7 +45,7 @@ def round_to_nearest(source: ModelSource, quant: QuantSection, device: torch.dev
     return Candidate("round_to_nearest", load)
 
 
-def packed(name: str, path: Path, device: torch.device, *, trust_remote_code: bool = False) -> Candidate:
+def packed(name: str, path: Path, device: torch.device, *, trust_remote_code: bool) -> Candidate:
     """A packed checkpoint of any stage."""
     return Candidate(name, lambda: load_packed(path, dtype="auto", device=device, trust_remote_code=trust_remote_code))
 

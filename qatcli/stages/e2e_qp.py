@@ -49,10 +49,14 @@ def run(job: Job) -> dict[str, Any]:
     checkpoint = PackedCheckpoint.open(job.input.path)
     train, held_out = _windows(job)
     dtype = compute_dtype(config.amp, job.device)
-    student = load_packed(job.input.path, dtype=torch.float32, device=job.device)
+    trust = recipe.model.trust_remote_code
+    student = load_packed(job.input.path, dtype=torch.float32, device=job.device, trust_remote_code=trust)
     student.config.use_cache = False
     if config.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The first name is transformers 5.23's, the second that of the releases before it.
+        name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(student, f"{name}_checkpointing_enable")
+        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
     teacher = None
     if config.loss == "kl":
         teacher = open_source(**recipe.model.model_dump()).load_model(dtype, job.device)
@@ -114,7 +118,7 @@ class _Trainer:
         if start == 0:
             self.first_loss = self.best_loss = self.validate()
             log.event("validation", step=0, loss=self.first_loss)
-        failures, loss = 0, float("nan")
+        failures = 0
         with log.progress("e2e-qp", steps, done=start) as bar:
             for step in range(start, steps):
                 set_rates(optimizer, schedule, step)
@@ -133,7 +137,7 @@ class _Trainer:
                 bar.advance(detail=f"loss {loss:.4f} held-out {self.best_loss:.4f}")
         if config.keep_best:
             restore(self.trained.values(), self.best)
-        return {"steps": steps, "loss": config.loss, "before": self.first_loss, "after": self.best_loss, "train": loss}
+        return {"steps": steps, "loss": config.loss, "before": self.first_loss, "after": self.best_loss}
 
     def _update(self, optimizer: torch.optim.Optimizer, text: Windows, batch: Tensor) -> float:
         """One optimizer step on the windows `batch`; the mean loss, NaN when it was skipped as non-finite."""
@@ -228,7 +232,7 @@ def _windows(job: Job) -> tuple[Windows, Windows]:
     if not (job.out / WINDOWS).is_file():
         windows = sample_windows(
             config.data or job.recipe.calibrate.data,
-            load_tokenizer(job.input.path),
+            load_tokenizer(job.input.path, trust_remote_code=job.recipe.model.trust_remote_code),
             samples=config.samples,
             validation_samples=config.validation_samples,
             seq_len=config.seq_len,

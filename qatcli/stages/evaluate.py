@@ -75,14 +75,15 @@ def run(job: Job) -> dict[str, Any]:
 
 def _candidates(job: Job, source: ModelSource) -> list[Candidate]:
     recipe, found = job.recipe, []
+    trust = recipe.model.trust_remote_code
     if "full_precision" in recipe.eval.baselines:
         found.append(full_precision(source, job.device))
     if "round_to_nearest" in recipe.eval.baselines:
         found.append(round_to_nearest(source, recipe.quant, job.device))
     block_ap = job.run_dir / "block-ap"
     if "block_ap" in recipe.eval.baselines and block_ap.is_dir():
-        found.append(packed("block_ap", block_ap, job.device))
-    return [*found, packed("quantized", job.input.path, job.device)]
+        found.append(packed("block_ap", block_ap, job.device, trust_remote_code=trust))
+    return [*found, packed("quantized", job.input.path, job.device, trust_remote_code=trust)]
 
 
 def _windows(text: PerplexityText, tokenizer: Any) -> Tensor:
