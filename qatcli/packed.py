@@ -33,7 +33,7 @@ QUANT_METHOD = "qat"
 PACKED, SCALE, ZERO_POINT = ".weight_packed", ".weight_scale", ".weight_zero_point"
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
-    *("generation_config.json", "chat_template*", "*.py"),  # code is copied, and run only with trust_remote_code
+    *("generation_config.json", "chat_template*"),
 )
 
 
