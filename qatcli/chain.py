@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from qatcli.directory import StageDirectory, open_stage
-from qatcli.recipe import load_recipe, recipe_name
+from qatcli.recipe import Recipe, load_recipe, recipe_name
 from qatcli.runlog import RunLog, duration
 from qatcli.stages import run_stage
 
@@ -30,10 +30,7 @@ def run_one(
     verbosity: int,
 ) -> dict[str, Any]:
     """Run one stage; {stage, path, seconds, metrics}."""
-    recipe = load_recipe(recipe_file, overrides)
-    log = RunLog(verbosity=verbosity)
-    _quiet_libraries()
-    run_dir = run_dir or Path("runs") / recipe_name(recipe_file)
+    recipe, run_dir, log = _begin(recipe_file, overrides, run_dir, verbosity)
     done = run_stage(stage, recipe, run_dir, source=source, restart=restart, device=device, log=log)
     if stage == "eval":
         _print_table(log, done.facts["metrics"])
@@ -53,10 +50,8 @@ def run_exports(
     verbosity: int,
 ) -> list[dict[str, Any]]:
     """Export to every format named, or to the recipe's; one {stage, format, path, seconds, metrics} each."""
-    recipe = load_recipe(recipe_file, [*overrides, f"export.formats=[{','.join(formats)}]"] if formats else overrides)
-    log = RunLog(verbosity=verbosity)
-    _quiet_libraries()
-    run_dir = run_dir or Path("runs") / recipe_name(recipe_file)
+    chosen = [f"export.formats=[{','.join(formats)}]"] if formats else []
+    recipe, run_dir, log = _begin(recipe_file, [*overrides, *chosen], run_dir, verbosity)
     results = []
     for name in recipe.export.formats:
         done = run_stage(
@@ -85,10 +80,7 @@ def run_all(
     verbosity: int,
 ) -> dict[str, Any]:
     """Run the chain and summarize it. Perplexities are of the recipe's first evaluation text."""
-    recipe = load_recipe(recipe_file, overrides)
-    log = RunLog(verbosity=verbosity)
-    _quiet_libraries()
-    run_dir = run_dir or Path("runs") / recipe_name(recipe_file)
+    recipe, run_dir, log = _begin(recipe_file, overrides, run_dir, verbosity)
     done: dict[str, StageDirectory] = {}
     for stage in CHAIN:
         done[stage] = run_stage(stage, recipe, run_dir, restart=restart, device=device, log=log)
@@ -177,6 +169,15 @@ def _print_samples(log: RunLog, metrics: dict[str, Any]) -> None:
     for index, prompt in enumerate(metrics["prompts"]):
         table.add_row(prompt, *(samples[index].strip() for samples in models.values()))
     log.console.print(table)
+
+
+def _begin(
+    recipe_file: Path, overrides: Sequence[str], run_dir: Path | None, verbosity: int
+) -> tuple[Recipe, Path, RunLog]:
+    """What every command starts with: the recipe, its run directory and the log. The recipe is checked first."""
+    recipe = load_recipe(recipe_file, overrides)
+    _quiet_libraries()
+    return recipe, run_dir or Path("runs") / recipe_name(recipe_file), RunLog(verbosity=verbosity)
 
 
 def _quiet_libraries() -> None:
