@@ -11,6 +11,7 @@ store     windows in a stage directory
 text      token streams and windows for perplexity
 """
 
+from qatcli.data.corpus import check_source
 from qatcli.data.sources import DataSource
 from qatcli.data.store import Windows, load_windows, save_windows
 from qatcli.data.text import c4_windows, evaluation_windows, text_tokens
@@ -21,6 +22,7 @@ __all__ = [
     "WindowSet",
     "Windows",
     "c4_windows",
+    "check_source",
     "evaluation_windows",
     "load_windows",
     "sample_windows",

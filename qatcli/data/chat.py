@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qatcli.data.rows import Record
-from qatcli.data.tokens import Example, encode_text
+from qatcli.data.tokens import Example, encode_answers
 from qatcli.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, record: Record) -> Example:
     if not tokenizer.chat_template:
         raise InputError(
             f"{record.where}: a conversation, and the tokenizer has no chat template",
-            hint="use the tokenizer of an instruct model, or data in the alpaca or text format",
+            hint="use the model's instruct variant; data in the alpaca format also go without, with `template: alpaca`",
         )
     if _GENERATION_MARKER.search(tokenizer.get_chat_template()):
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
@@ -38,23 +38,22 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, record: Record) -> Example:
         tokens = np.asarray(encoded["input_ids"], dtype=np.int32)
         return Example(tokens, np.asarray(encoded["assistant_masks"], dtype=np.bool_))
     rendered = _render(tokenizer, record, len(record.texts))
-    tokens = encode_text(tokenizer, rendered, special_tokens=False)
-    loss = np.zeros(len(tokens), dtype=np.bool_)
-    for start, stop in _assistant_spans(tokenizer, record, rendered):
-        first = len(encode_text(tokenizer, rendered[:start], special_tokens=False))
-        last = len(encode_text(tokenizer, rendered[:stop], special_tokens=False))
-        loss[first:last] = True
-    return Example(tokens, loss)
+    spans = _assistant_spans(tokenizer, record, rendered)
+    return encode_answers(tokenizer, rendered, spans, special_tokens=False)
 
 
 def _assistant_spans(tokenizer: PreTrainedTokenizerBase, record: Record, rendered: str) -> list[tuple[int, int]]:
     """Character spans of `rendered` that the assistant writes, its end-of-turn token included.
 
     Some templates render a past turn differently from the last one (they drop its reasoning), so that what a model
-    would have generated is not in `rendered`. Such turns are context only, as is a turn that opens the conversation;
-    the last turn is always there.
+    would have generated is not in `rendered`. Such turns are context only, as is a turn that opens the conversation or
+    that says nothing; the last turn is always there.
     """
-    turns = [turn for turn, role in enumerate(record.roles) if role == "assistant" and turn > 0]
+    turns = [
+        turn
+        for turn, (role, text) in enumerate(zip(record.roles, record.texts, strict=True))
+        if role == "assistant" and turn > 0 and text.strip()
+    ]
     spans = []
     for turn in turns:
         prompt = _render(tokenizer, record, turn, add_generation_prompt=True)

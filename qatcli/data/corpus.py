@@ -11,7 +11,7 @@ lower that further, to about 1 GiB of text.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -50,13 +50,17 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What was read of one source. format: text, alpaca or chat. digest: sha256 of the content that was kept."""
+    """What was read of one source.
+
+    format: text, alpaca or chat. digest: sha256 of the content that was kept. skipped: rows without text or answer.
+    """
 
     name: str
     format: str
     train: list[Document]
     validation: list[Document]
     digest: str
+    skipped: int
 
 
 def read_corpus(source: DataSource, tokenizer: PreTrainedTokenizerBase, *, limit: int) -> Corpus:
@@ -67,11 +71,13 @@ def read_corpus(source: DataSource, tokenizer: PreTrainedTokenizerBase, *, limit
     format_ = source.format
     parts = open_source(source)
     records: list[list[Record]] = []
+    skipped = 0
     for part in parts:
-        format_, part_records = _read_part(part, format_, source.field, share=len(parts), limit=limit)
+        format_, part_records, empty = _read_part(part, format_, source.field, share=len(parts), limit=limit)
         records.append(part_records)
+        skipped += empty
     digest = _digest(record for part_records in records for record in part_records)
-    encode = encoder(tokenizer, format_)
+    encode = encoder(tokenizer, format_, source.template)
     train: list[Document] = []
     validation: list[Document] = []
     for group in _groups(records):
@@ -82,25 +88,49 @@ def read_corpus(source: DataSource, tokenizer: PreTrainedTokenizerBase, *, limit
         validation += last
     if not train:
         raise InputError(f"{source.source}: too little to split into training and validation", hint="add documents")
-    return Corpus(source.source, format_, train, validation, digest)
+    return Corpus(source.source, format_, train, validation, digest, skipped)
 
 
-def _read_part(part: Part, format_: str, field: str, *, share: int, limit: int) -> tuple[str, list[Record]]:
-    """(format, records that are not empty). Raises InputError when there is none."""
-    field = TEXT_FIELD if part.plain_text else field
+def check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read the first row of every part of `source`, to say what is wrong with it before hours of other work.
+
+    Raises what `read_corpus` and the first of its documents would.
+    """
+    for part in open_source(source):
+        for format_, record in _parsed(part, source.format, source.field):
+            if not record.is_empty:
+                if format_ != "text":
+                    encoder(tokenizer, format_, source.template)(record)
+                break
+
+
+def _read_part(part: Part, format_: str, field: str, *, share: int, limit: int) -> tuple[str, list[Record], int]:
+    """(format, records that are not empty, how many are). Raises InputError when there is none to keep."""
     budget = _BYTE_LIMIT // share
     records: list[Record] = []
-    for located in islice(part.rows(), max(1, limit // share)):
-        format_ = detect_format(format_, located[1], field)
-        record = parse_row(located, format_=format_, field=field)
-        if not record.is_empty:
-            records.append(record)
-            budget -= len(record.content())
+    skipped = 0
+    for found, record in islice(_parsed(part, format_, field), max(1, limit // share)):
+        format_ = found
+        if record.is_empty:
+            skipped += 1
+            continue
+        records.append(record)
+        budget -= len(record.content())
         if budget <= 0:
             break
     if not records:
-        raise InputError(f"{part.name}: no document in it", hint="the file is empty, or all of its rows are")
-    return format_, records
+        raise InputError(
+            f"{part.name}: no document in it", hint="the file is empty, or all of its rows lack text or an answer"
+        )
+    return format_, records, skipped
+
+
+def _parsed(part: Part, format_: str, field: str) -> Iterator[tuple[str, Record]]:
+    """(format, record) of every row; the first row decides the format."""
+    field = TEXT_FIELD if part.plain_text else field
+    for located in part.rows():
+        format_ = detect_format(format_, located[1], field)
+        yield format_, parse_row(located, format_=format_, field=field)
 
 
 def _digest(records: Iterable[Record]) -> str:

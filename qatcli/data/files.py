@@ -95,7 +95,10 @@ def _json_lines(path: Path) -> Iterator[LocatedRow]:
 
 
 def _json_file(path: Path) -> Iterator[LocatedRow]:
-    """A list of objects, or an object holding one in "data", or JSON lines under the wrong suffix."""
+    """A list of objects, or an object holding one in "data", or JSON lines under this suffix, as the shards of C4."""
+    if _is_json_lines(path):
+        yield from _json_lines(path)
+        return
     content = read_text(path)
     try:
         value = json.loads(content)
@@ -113,6 +116,16 @@ def _json_file(path: Path) -> Iterator[LocatedRow]:
     for index, row in enumerate(rows):
         where = f"{path} row {index + 1}"
         yield where, _object(where, row)
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether a first line that is an object is followed by more: then the file need not fit into memory."""
+    lines = (line for _, line in _lines(path) if line.strip())
+    first = next(lines, "")
+    try:
+        return first.startswith("{") and isinstance(json.loads(first), dict) and next(lines, None) is not None
+    except ValueError:
+        return False
 
 
 def _object(where: str, value: Any) -> Row:

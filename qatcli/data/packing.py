@@ -1,8 +1,9 @@
 """Windows of a fixed length out of tokenized documents.
 
 `draw_windows` cuts a random window from a random long document. `pack_windows` lays consecutive documents end to end,
-for paragraphs and for instructions, none of which fills a window. Both spread the windows before they repeat: nothing
-is drawn from a document again while others have unseen text, and no window twice while there are others.
+for paragraphs and for instructions, none of which fills a window. `pad_windows` gives every instruction a window of its
+own. All spread the windows before they repeat: nothing is drawn from a document again while others have unseen text,
+and no window twice while there are others.
 """
 
 from __future__ import annotations
@@ -80,6 +81,28 @@ def pack_windows(
                 windows.append(_pack_one(documents, first, start, seq_len, separator, covered))
         if len(windows) == before:
             used.clear()  # every window has been taken: begin again
+    return windows
+
+
+def pad_windows(
+    documents: Sequence[Document], rng: np.random.Generator, *, count: int, seq_len: int, padding: int
+) -> list[Example]:
+    """`count` windows of one instruction each, cut at its end or followed by the token `padding`, without a loss there.
+
+    Attention is causal, so that what follows an instruction changes nothing in it and needs no mask. None when no
+    answer begins within a window.
+    """
+    windows: list[Example] = []
+    while len(windows) < count:
+        before = len(windows)
+        for index in rng.permutation(len(documents)).tolist():
+            example = documents[index].example[:seq_len]
+            if len(windows) < count and example.loss.any():
+                rest = seq_len - len(example)
+                filler = Example(np.full(rest, padding, dtype=np.int32), np.zeros(rest, dtype=np.bool_))
+                windows.append(join([example, filler]))
+        if len(windows) == before:
+            break
     return windows
 
 

@@ -29,7 +29,11 @@ class Record:
 
     @property
     def is_empty(self) -> bool:
-        return not any(text.strip() for text in self.texts)
+        """Whether there is nothing to learn in it: no text, or no answer."""
+        answers = self.texts[-1:]
+        if self.roles:
+            answers = tuple(text for role, text in zip(self.roles, self.texts, strict=True) if role == "assistant")
+        return not any(text.strip() for text in answers)
 
     def content(self) -> bytes:
         """Everything that was kept of the row, for digests and for bounds on the number of tokens."""

@@ -1,7 +1,8 @@
 """Rows of a data source of a recipe: local files, globs, or a Hugging Face dataset.
 
-A source is a list of parts: one per local file, or a single one for a hub dataset. Parts are read lazily, and only as
-many rows as the caller takes. `split` and `name` choose within a hub dataset and are ignored for local files.
+A source is a list of parts: one per file, or a single one for what `datasets` loads. Parts are read lazily, and only as
+many rows as the caller takes. `datasets` reads the hub, where `name` and `split` choose, and local folders laid out as
+on the hub. Repositories with a loading script, which nothing runs any more, are read by naming their data `files`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import glob
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ from qatcli.data.files import SUFFIXES, LocatedRow, file_kind, is_text_file, rea
 from qatcli.errors import InputError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside saved data sets
 _LOCAL_HINT = "give a local file or a glob, or the id of a Hugging Face dataset such as `allenai/c4`"
 
 
@@ -28,6 +31,10 @@ class DataSource(Protocol):
     @property
     def name(self) -> str | None: ...
     @property
+    def revision(self) -> str | None: ...
+    @property
+    def files(self) -> str | None: ...
+    @property
     def split(self) -> str: ...
     @property
     def field(self) -> str: ...
@@ -37,6 +44,12 @@ class DataSource(Protocol):
     def streaming(self) -> bool: ...
     @property
     def format(self) -> str: ...
+    @property
+    def template(self) -> str: ...
+    @property
+    def packing(self) -> bool | None: ...
+    @property
+    def bos(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -49,29 +62,27 @@ class Part:
 
 
 def open_source(source: DataSource) -> list[Part]:
-    """The parts of `source`, in a fixed order (files by path). Nothing is read yet, the hub is not contacted.
+    """The parts of `source`, in a fixed order (files by path). Nothing is read yet, but `files` are downloaded.
 
     Raises InputError when no file matches, or when the name is neither a path nor a possible dataset id.
     """
-    paths = local_paths(source.source)
+    paths = local_paths(source.source) if source.files is None else _download(source)
     if paths is None:
         return [Part(source.source, lambda: _hub_rows(source))]
     return [Part(str(path), _file_reader(path), is_text_file(path)) for path in paths]
 
 
 def local_paths(source: str) -> list[Path] | None:
-    """The files `source` stands for, sorted; None if it is a hub id.
+    """The files `source` stands for, sorted; None if `datasets` has to find them.
 
-    A folder stands for the data files directly in it. Raises InputError when nothing is there.
+    That is so for a hub id and for a folder with folders. Any other folder stands for the data files in it. Raises
+    InputError when nothing is there.
     """
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and file_kind(file) in SUFFIXES)
-        if not files:
-            raise InputError(f"{source}: no data file in this folder", hint=f"it needs one of {', '.join(SUFFIXES)}")
-        return files
+        return sorted(file for file in path.iterdir() if _is_data(file)) or None
     if glob.has_magic(source):
         files = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
         if not files:
@@ -82,12 +93,39 @@ def local_paths(source: str) -> list[Path] | None:
     raise InputError(f"{source}: no such file", hint=_LOCAL_HINT)
 
 
+def _is_data(file: Path) -> bool:
+    kind = file_kind(file)
+    return file.is_file() and kind in SUFFIXES and kind != ".md" and file.name not in _NOT_DATA
+
+
+def _download(source: DataSource) -> list[Path]:
+    """The data files of a hub repository that match `files`, in the hub's cache, which also serves them offline."""
+    from huggingface_hub import snapshot_download
+
+    pattern = source.files or "*"
+    try:
+        folder = Path(
+            snapshot_download(source.source, repo_type="dataset", revision=source.revision, allow_patterns=pattern)
+        )
+    except Exception as error:  # credentials, names and the network each raise their own type
+        raise _hub_error(source.source, error) from error
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    found = sorted(file for name, file in files.items() if fnmatchcase(name, pattern))
+    if not found:
+        raise InputError(
+            f"{source.source}: no file of this Hugging Face dataset matches `{pattern}`",
+            hint="see the tab `Files` of its page; a pattern is on the whole path, such as `en/*.json.gz`",
+        )
+    return found
+
+
 def _file_reader(path: Path) -> Callable[[], Iterator[LocatedRow]]:
     return lambda: read_rows(path)
 
 
 def _hub_rows(source: DataSource) -> Iterator[LocatedRow]:
-    dataset = load_hub(source.source, source.name, split=source.split, streaming=source.streaming)
+    options = {"split": source.split, "streaming": source.streaming, "revision": source.revision}
+    dataset = load_hub(str(Path(source.source).expanduser()), source.name, **options)
     rows = enumerate(dataset)
     while True:
         try:
@@ -111,6 +149,16 @@ def load_hub(dataset: str, name: str | None, **options: Any) -> Any:
 
 def _hub_error(dataset: str, error: Exception) -> InputError:
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "scripts are no longer supported" in reason:
+        return InputError(
+            f"{dataset}: this data set is a loading script, which nothing runs any more",
+            hint='name its data files: on the hub by `files`, such as `"*.jsonl"`, in a local copy by a glob',
+        )
+    if Path(dataset).is_dir():
+        return InputError(
+            f"{dataset}: no data file directly in this folder, and `datasets` cannot load it: {reason}",
+            hint=f"give a glob of files, or check `name` and `split`; data files are {', '.join(SUFFIXES)}",
+        )
     return InputError(
         f"{dataset}: not a local file, and the Hugging Face dataset cannot be read: {reason}",
         hint="check the id, `name` and `split`; without network point `source` at a local copy, or set HF_HOME to a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Windows:
 
 
 def save_windows(directory: Path, windows: WindowSet) -> None:
-    """Write both splits to `windows.safetensors`."""
+    """Write both splits to `windows.safetensors`, and where they come from to `data.json`."""
     splits = {
         "train": (windows.train, windows.loss_mask_train),
         "validation": (windows.validation, windows.loss_mask_validation),
@@ -43,6 +44,7 @@ def save_windows(directory: Path, windows: WindowSet) -> None:
     for name, (tokens, mask) in splits.items():
         tensors[name] = tokens
         tensors[f"{name}_mask"] = torch.ones(tokens.shape, dtype=torch.bool) if mask is None else mask
+    (directory / "data.json").write_text(json.dumps({"digest": windows.digest, **windows.stats}, indent=2) + "\n")
     save_tensors(directory / FILE, tensors)
 
 

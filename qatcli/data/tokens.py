@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qatcli.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -48,3 +50,35 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens
     # verbose=False: documents are longer than the model's context on purpose
     ids = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
     return np.asarray(ids, dtype=np.int32)
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, text: str, answers: Sequence[tuple[int, int]], *, special_tokens: bool
+) -> Example:
+    """Tokens of `text` as one piece, with a loss on those that hold characters of the spans `answers`.
+
+    A token that begins before an answer and ends in it counts: without it the first word of the answer would be lost
+    where a template ends in a space. Raises InputError for a tokenizer that does not tell where its tokens are.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{type(tokenizer).__name__} does not tell which characters a token stands for, so that the loss cannot be "
+            "taken on answers only",
+            hint="use a checkpoint with a tokenizer.json, or data in the text format",
+        )
+    encoded = tokenizer(
+        text,
+        add_special_tokens=special_tokens,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    tokens = np.asarray(encoded["input_ids"], dtype=np.int32)
+    offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    loss = np.zeros(len(tokens), dtype=np.bool_)
+    for start, stop in answers:
+        inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop))
+        if start < stop and len(inside):
+            # One run: some tokenizers give tokens of spaces no width.
+            loss[inside[0] : inside[-1] + 1] = True
+    return Example(tokens, loss)

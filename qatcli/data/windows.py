@@ -3,8 +3,9 @@
 Reads:  the sources of a recipe (qatcli.data.sources), a tokenizer.
 Method: one random window of a random document longer than the window; training windows from the first 90 % of the
         documents, validation windows from the last 10 % (EfficientQAT, arXiv 2407.11062, section 4.1 and its code).
-        Sources whose documents are too short for that, and instruction data, are packed.
-Left out: padding. Every window is full, so no stage needs an attention mask.
+        Sources whose documents are too short for that, and instruction data, are packed. `packing` of a source says
+        otherwise; instructions in windows of their own are followed by padding, which has no loss.
+Left out: attention masks. Packed documents see what stands before them in the window.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import numpy as np
 import torch
 
 from qatcli.data.corpus import Corpus, Document, read_corpus
-from qatcli.data.packing import draw_windows, find_long, has_tokens, pack_windows
+from qatcli.data.packing import draw_windows, find_long, has_tokens, pack_windows, pad_windows
 from qatcli.data.sources import DataSource
-from qatcli.data.tokens import Example, encode_text, plain
+from qatcli.data.tokens import Example, encode_text, join, plain
 from qatcli.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
@@ -57,12 +58,14 @@ def sample_windows(
     seq_len: int,
     seed: int,
     purpose: str = "calibrate",
+    padding: bool = False,
 ) -> WindowSet:
     """Sample `samples` training and `validation_samples` validation windows of `seq_len` tokens.
 
     Sources are mixed in proportion to their weights. The result depends on the arguments and the data alone; another
-    `purpose` gives independent windows. Raises InputError for data that are missing, malformed or too short,
-    RecipeError for a format or weights that make no sense.
+    `purpose` gives independent windows. `padding` allows windows that are not full, for stages that heed the loss mask.
+    Raises InputError for data that are missing, malformed or too short, RecipeError for a format or weights that make
+    no sense.
     """
     weights = [source.weight for source in sources]
     wanted = {"train": allocate(samples, weights), "validation": allocate(validation_samples, weights)}
@@ -73,25 +76,34 @@ def sample_windows(
     for index, source in enumerate(sources):
         corpus = read_corpus(source, tokenizer, limit=limit)
         digest.update(bytes.fromhex(corpus.digest))
+        if source.packing is False and corpus.format != "text" and not padding:
+            raise RecipeError(
+                f"{corpus.name}: `packing: false` fills windows up with padding, and {purpose} learns from every token",
+                hint="leave `packing` out, or use these data in e2e_qp.data",
+            )
         stats: dict[str, Any] = {"source": corpus.name, "format": corpus.format, "digest": corpus.digest}
+        stats["skipped"] = corpus.skipped
         for split, documents in (("train", corpus.train), ("validation", corpus.validation)):
             count = wanted[split][index]
             rng = generator(seed, purpose, split, index)
-            drawn, packed = _sample_split(corpus, split, documents, tokenizer, rng, count=count, seq_len=seq_len)
-            windows[split] += drawn
+            drawn, packed = _sample_split(
+                corpus, split, documents, tokenizer, rng, packing=source.packing, count=count, seq_len=seq_len
+            )
+            windows[split] += [_begin(tokenizer, window) for window in drawn] if source.bos == "window" else drawn
             stats[split] = _split_stats(documents, count=count, packed=packed)
         source_stats.append(stats)
     masked = any(stats["format"] != "text" for stats in source_stats)
     stacked = {
         split: _stack(examples, generator(seed, purpose, split, "mix"), seq_len) for split, examples in windows.items()
     }
+    targets = {split: int(loss[:, 1:].sum()) for split, (_, loss) in stacked.items()}
     return WindowSet(
         train=stacked["train"][0],
         validation=stacked["validation"][0],
         loss_mask_train=stacked["train"][1] if masked else None,
         loss_mask_validation=stacked["validation"][1] if masked else None,
         digest=digest.hexdigest(),
-        stats=_total_stats(source_stats),
+        stats={"targets": targets, **_total_stats(source_stats)},
     )
 
 
@@ -125,6 +137,7 @@ def _sample_split(
     tokenizer: PreTrainedTokenizerBase,
     rng: np.random.Generator,
     *,
+    packing: bool | None,
     count: int,
     seq_len: int,
 ) -> tuple[list[Example], bool]:
@@ -133,16 +146,32 @@ def _sample_split(
         return [], False
     separator = None
     if corpus.format == "text":
-        order = rng.permutation(len(documents)).tolist()
-        found = find_long(documents, order, seq_len=seq_len, wanted=max(count, _FEW_LONG_DOCUMENTS))
-        enough = max(_FEW_LONG_DOCUMENTS, math.ceil(count / 32))
-        if found and (len(found) >= enough or len(documents) == 1):
-            long = [documents[index].example for index in found]
-            return draw_windows(long, rng, count=count, seq_len=seq_len), False
+        if packing is not True:
+            order = rng.permutation(len(documents)).tolist()
+            found = find_long(documents, order, seq_len=seq_len, wanted=max(count, _FEW_LONG_DOCUMENTS))
+            enough = max(_FEW_LONG_DOCUMENTS, math.ceil(count / 32))
+            if found and (packing is False or len(found) >= enough or len(documents) == 1):
+                long = [documents[index].example for index in found]
+                return draw_windows(long, rng, count=count, seq_len=seq_len), False
         separator = _separator(tokenizer)
-    if not has_tokens(documents, seq_len):
-        raise _too_short(corpus, split, documents, seq_len)
+    elif packing is False:
+        filler = tokenizer.eos_token_id or 0
+        windows = pad_windows(documents, rng, count=count, seq_len=seq_len, padding=filler)
+        if windows:
+            return windows, False
+    if packing is False or not has_tokens(documents, seq_len):
+        raise _too_short(corpus, split, documents, seq_len, packing)
     return pack_windows(documents, rng, count=count, seq_len=seq_len, separator=separator), True
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase, window: Example) -> Example:
+    """`window` behind a beginning-of-text token, if it does not start with one."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        raise InputError("the tokenizer has no beginning-of-text token", hint="leave `bos` out of the data source")
+    if window.tokens[0] == bos:
+        return window
+    return join([plain(np.asarray([bos], dtype=np.int32)), window[:-1]])
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -152,13 +181,18 @@ def _separator(tokenizer: PreTrainedTokenizerBase) -> Example:
     return plain(np.asarray([tokenizer.eos_token_id], dtype=np.int32))
 
 
-def _too_short(corpus: Corpus, split: str, documents: list[Document], seq_len: int) -> InputError:
+def _too_short(corpus: Corpus, split: str, documents: list[Document], seq_len: int, packing: bool | None) -> InputError:
     lengths = [len(document.example) for document in documents]
-    untrainable = sum(not document.example.loss[:seq_len].any() for document in documents)
-    note = f"; {untrainable} have no answer within a window" if untrainable and corpus.format != "text" else ""
+    late = sum(not document.example.loss[:seq_len].any() for document in documents)
+    what = f"{corpus.name}: the {split} split has {len(documents)} documents"
+    if late == len(documents):
+        return InputError(f"{what}, none with an answer in its first {seq_len} tokens", hint="raise seq_len")
+    what += f", none longer than a window of {seq_len} tokens (the longest has {max(lengths)})"
+    if packing is False:
+        return InputError(what, hint="lower seq_len, or leave `packing` out, so that documents share a window")
+    note = f"; {late} have no answer within a window" if late else ""
     return InputError(
-        f"{corpus.name}: the {split} split has {len(documents)} documents, none longer than a window of {seq_len} "
-        f"tokens (the longest has {max(lengths)}), and even packed together they hold only {sum(lengths)}{note}",
+        f"{what}, and even packed together they hold only {sum(lengths)}{note}",
         hint=f"lower seq_len, or add data: {split} uses the {'first 90' if split == 'train' else 'last 10'} % of it",
     )
 

@@ -25,10 +25,15 @@ class Source:
     source: str
     name: str | None = None
     split: str = "train"
+    revision: str | None = None
+    files: str | None = None
     field: str = "text"
     weight: float = 1.0
     streaming: bool = False
     format: str = "auto"
+    template: str = "alpaca"
+    packing: bool | None = None
+    bos: str = "document"
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from qatcli.data.chat import encode_chat
 from qatcli.data.rows import Record
 from qatcli.errors import InputError
+from qatcli.models.source import open_source
 
 TURNS = Record("talk.jsonl line 1", ("Hi", "Hello!", "Bye?", "Bye."), ("user", "assistant", "user", "assistant"))
 MARKED = (
@@ -82,7 +84,7 @@ def test_a_generation_prompt_that_is_not_in_the_conversation(chat_tokenizer: Pre
     [
         (("Hello!", "Hi", "Yes?"), ("assistant", "user", "assistant"), ["Yes?<|im_end|>"]),
         (("Hi",), ("user",), []),
-        (("Hi", ""), ("user", "assistant"), ["<|im_end|>"]),
+        (("Hi", ""), ("user", "assistant"), []),
         (("Hi", "Yes", "No"), ("user", "assistant", "user"), ["Yes<|im_end|>"]),
         (("Be brief", "Hi", "Yes"), ("system", "user", "assistant"), ["Yes<|im_end|>"]),
     ],
@@ -100,10 +102,46 @@ def test_a_refused_conversation_names_its_row(chat_tokenizer: PreTrainedTokenize
 
 
 def test_no_template(number_tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(InputError, match="no chat template"):
+    with pytest.raises(InputError, match=r"talk.jsonl line 1: .* no chat template") as caught:
         encode_chat(number_tokenizer, TURNS)
+    assert "template: alpaca" in str(caught.value.hint)
 
 
 def test_turns_that_cannot_be_found(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(InputError, match="last turn cannot be found"):
         trained(chat_tokenizer, TURNS, "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+def test_a_turn_that_says_nothing_is_not_learnt(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    record = Record("", ("Hi", " ", "Well?", "Yes"), ("user", "assistant", "user", "assistant"))
+    assert trained(chat_tokenizer, record) == ["Yes<|im_end|>"]
+
+
+def test_the_first_word_after_a_template_that_ends_in_a_space(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    assert trained(chat_tokenizer, TURNS, template) == ["Hello!", "Bye."]
+
+
+SMOLLM2_EXPECTED = [  # by hand: every token of the conversation below, * where the loss is
+    *("<|im_start|>", "system", "\n", "Be", " brief", ".", "<|im_end|>", "\n"),
+    *("<|im_start|>", "user", "\n", "2", "+", "2", "?", "<|im_end|>", "\n"),
+    *("<|im_start|>", "ass", "istant", "\n", "*Four", "*.", "*<|im_end|>", "\n"),
+    *("<|im_start|>", "user", "\n", "Sure", "?", "<|im_end|>", "\n"),
+    *("<|im_start|>", "ass", "istant", "\n", "*Yes", "*.", "*<|im_end|>", "\n"),
+]
+
+
+def test_smollm2_token_by_token() -> None:
+    """The real tokenizer and chat template, with a system prompt and two turns of the assistant."""
+    source = os.environ.get("QAT_SMOLLM2")
+    if not source:
+        pytest.skip("set QAT_SMOLLM2 to the folder or GGUF file of SmolLM2-135M-Instruct")
+    tokenizer = open_source(source=source, revision=None, gguf_file=None, trust_remote_code=False).tokenizer()
+    roles = ("system", "user", "assistant", "user", "assistant")
+    example = encode_chat(tokenizer, Record("", ("Be brief.", "2+2?", "Four.", "Sure?", "Yes."), roles))
+    found = [
+        ("*" if loss else "") + tokenizer.decode([token])
+        for token, loss in zip(example.tokens.tolist(), example.loss.tolist(), strict=True)
+    ]
+    assert found == SMOLLM2_EXPECTED

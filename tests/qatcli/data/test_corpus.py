@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qatcli.data.corpus import Corpus, Document, read_corpus
+from qatcli.data.corpus import Corpus, Document, check_source, read_corpus
 from qatcli.errors import InputError
 
 
@@ -138,3 +139,30 @@ def test_the_first_row_decides_the_format(read: Callable[..., Corpus], write_jso
     path = write_jsonl([{"instruction": "a", "output": "b"}, {"text": "c"}])
     with pytest.raises(InputError, match="line 2: no field `instruction`"):
         read(path)
+
+
+def test_rows_without_an_answer_are_counted(read: Callable[..., Corpus], write_jsonl: Callable[..., Path]) -> None:
+    answers = ["2", "", " ", *["3"] * 10]
+    corpus = read(write_jsonl([{"instruction": "1", "output": answer} for answer in answers]))
+    assert (len(corpus.train) + len(corpus.validation), corpus.skipped) == (11, 2)
+
+
+def test_a_source_is_checked_by_its_first_rows(
+    write_jsonl: Callable[..., Path],
+    number_tokenizer: PreTrainedTokenizerFast,
+    make_source: type,
+    tmp_path: Path,
+) -> None:
+    talk = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
+    good = {"instruction": "1", "output": "2"}
+    write_jsonl([{**good, "output": ""}, good, "never reached"], "a/a.jsonl")
+    check_source(make_source(str(tmp_path / "a" / "*.jsonl")), number_tokenizer)
+    bad = write_jsonl([{"instruction": "1"}], "a/b.jsonl")
+    for source, message in (
+        (make_source(str(tmp_path / "a" / "*.jsonl"), format="alpaca"), f"{bad} line 1: no field `output`"),
+        (make_source(str(write_jsonl([talk]))), "no chat template"),
+        (make_source(str(tmp_path / "a" / "a.jsonl"), template="chat"), "no chat template"),
+        (make_source("org/absent"), "org/absent"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            check_source(source, number_tokenizer)

@@ -109,6 +109,13 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
         next(rows)
 
 
+def test_json_lines_under_the_suffix_json_are_read_line_by_line(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path / "c4-train.json.gz", '{"text": "a"}\nbroken'))
+    assert next(rows)[1] == {"text": "a"}
+    with pytest.raises(InputError, match="line 2: not valid JSON"):
+        next(rows)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatcli.data.corpus import Document
-from qatcli.data.packing import draw_windows, find_long, has_tokens, pack_windows
+from qatcli.data.packing import draw_windows, find_long, has_tokens, pack_windows, pad_windows
 from qatcli.data.tokens import Example, plain
 
 SEPARATOR = plain(np.array([-1], dtype=np.int32))
@@ -150,3 +150,18 @@ def test_has_tokens_counts_what_can_be_trained_on() -> None:
     made = answers([(9, 2), (2, 0), (3, 2)])
     assert has_tokens(made, 5)
     assert not has_tokens(made, 6)
+
+
+def test_padded_windows_hold_one_document_each() -> None:
+    def document(length: int, prompt: int) -> Document:
+        example = Example(np.arange(length, dtype=np.int32), np.arange(length) >= prompt)
+        return Document(length, lambda: example)
+
+    long, short, without_answer, late = document(20, 2), document(4, 2), document(5, 5), document(12, 9)
+    rng = np.random.default_rng(0)
+    windows = pad_windows([long, short, without_answer, late], rng, count=6, seq_len=8, padding=99)
+    found = sorted((window.tokens.tolist(), window.loss.tolist()) for window in windows)
+    padded = ([0, 1, 2, 3, 99, 99, 99, 99], [False, False, True, True, False, False, False, False])
+    cut = ([*range(8)], [False, False, *[True] * 6])
+    assert found == [cut] * 3 + [padded] * 3  # each once before any again
+    assert pad_windows([without_answer, late], rng, count=2, seq_len=8, padding=99) == []

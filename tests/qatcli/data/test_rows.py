@@ -55,7 +55,15 @@ def test_content_tells_fields_apart() -> None:
     assert len(contents) >= 3
     assert Record("x", ("a",)).content() == Record("y", ("a",)).content()  # the place is no content
     assert Record("", ("\ud800",)).content()  # half a surrogate pair, as JSON escapes can hold
-    assert Record("", (" ", "\n")).is_empty
+    assert Record("", (" ",)).is_empty
+
+
+def test_rows_without_an_answer_are_empty() -> None:
+    assert Record("", ("Add.", "", "")).is_empty
+    assert not Record("", ("Add.", "", "3")).is_empty
+    assert Record("", ("Hi",), ("user",)).is_empty
+    assert Record("", ("Hi", " "), ("user", "assistant")).is_empty
+    assert not Record("", ("Hi", "Yes", "No"), ("user", "assistant", "user")).is_empty
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ def sample(number_tokenizer: PreTrainedTokenizerFast, make_source) -> Callable[.
         *paths: object, tokenizer: object = number_tokenizer, weights: object = None, **options: object
     ) -> WindowSet:
         weights = weights or [1.0] * len(paths)
-        sources = [make_source(str(path), weight=weight) for path, weight in zip(paths, weights, strict=True)]  # type: ignore[call-overload]
+        fields = {key: options.pop(key) for key in ("packing", "template", "bos") if key in options}
+        sources = [make_source(str(path), weight=weight, **fields) for path, weight in zip(paths, weights, strict=True)]  # type: ignore[call-overload]
         settings = {"samples": 8, "validation_samples": 4, "seq_len": 16, "seed": 2, **options}
         return sample_windows(sources, tokenizer, **settings)  # type: ignore[arg-type]
 
@@ -213,3 +214,81 @@ def test_real_paragraphs_and_instructions(
     assert all(stats["train"]["packed"] for stats in windows.stats["sources"])
     assert windows.loss_mask_train is not None
     assert windows.loss_mask_train.all(dim=1).sum() == 8
+
+
+def instructions(count: int = 60) -> list[dict[str, str]]:
+    return [{"instruction": f"Say {n}.", "output": f"[{n}]"} for n in range(100, 100 + count)]
+
+
+def test_one_instruction_per_window(
+    sample: Callable[..., WindowSet], write_jsonl: Callable[..., Path], chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options = {"tokenizer": chat_tokenizer, "seq_len": 200, "packing": False, "template": "chat", "padding": True}
+    windows = sample(write_jsonl(instructions()), **options)
+    assert windows.loss_mask_train is not None
+    for row, mask in zip(windows.train, windows.loss_mask_train, strict=True):
+        text = chat_tokenizer.decode(row).rstrip("</s>")
+        number = text.split("Say ")[1][:3]
+        assert text == f"<|im_start|>user\nSay {number}.<|im_end|>\n<|im_start|>assistant\n[{number}]<|im_end|>\n"
+        assert chat_tokenizer.decode(row[mask]) == f"[{number}]<|im_end|>"
+    assert windows.stats["targets"] == {"train": 8 * 6, "validation": 4 * 6}
+    assert not windows.stats["packed"]
+    assert len({tuple(row) for row in windows.train.tolist()}) == 8
+
+
+def test_padding_is_refused_where_every_token_counts(
+    sample: Callable[..., WindowSet], write_jsonl: Callable[..., Path], chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(RecipeError, match="packing: false"):
+        sample(write_jsonl(instructions()), tokenizer=chat_tokenizer, packing=False)
+
+
+@pytest.mark.parametrize("packing", [None, False])
+def test_no_answer_within_a_window(
+    sample: Callable[..., WindowSet],
+    write_jsonl: Callable[..., Path],
+    chat_tokenizer: PreTrainedTokenizerFast,
+    packing: bool | None,
+) -> None:
+    with pytest.raises(InputError, match="54 documents, none with an answer in its first 16 tokens"):
+        sample(write_jsonl(instructions()), tokenizer=chat_tokenizer, packing=packing, padding=True)
+
+
+def test_an_answer_longer_than_the_window_is_cut(
+    sample: Callable[..., WindowSet], write_jsonl: Callable[..., Path], chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write_jsonl([{"instruction": "a", "output": "b" * 500}] * 20)
+    windows = sample(path, tokenizer=chat_tokenizer, seq_len=256, template="chat")
+    assert windows.loss_mask_train is not None
+    for row, mask in zip(windows.train, windows.loss_mask_train, strict=True):
+        assert set(chat_tokenizer.decode(row[mask])) == {"b"}
+        assert mask[-1]
+
+
+def test_packing_of_text_can_be_chosen(sample: Callable[..., WindowSet], write_documents: Callable[..., Path]) -> None:
+    long, few = write_documents([40] * 100), write_documents([6] * 85 + [40] * 15, "few.jsonl")
+    packed = sample(long, packing=True)
+    assert packed.stats["packed"]
+    assert (packed.train == 1).any()  # the end-of-text token between documents
+    alone = sample(few, packing=False, validation_samples=0)
+    assert not alone.stats["packed"]
+    assert (alone.train.diff(dim=1) == 1).all()
+    with pytest.raises(InputError, match="none longer than a window") as caught:
+        sample(write_documents([6] * 400, "short.jsonl"), packing=False)
+    assert "packing" in str(caught.value.hint)
+
+
+def test_every_window_begins(
+    sample: Callable[..., WindowSet],
+    write_jsonl: Callable[..., Path],
+    chat_tokenizer: PreTrainedTokenizerFast,
+    number_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    path = write_jsonl([{"text": "x" * 99}] * 100)
+    first = {bos: sample(path, tokenizer=chat_tokenizer, bos=bos).train for bos in ("document", "window")}
+    assert not (first["document"][:, 0] == chat_tokenizer.bos_token_id).all()
+    assert (first["window"][:, 0] == chat_tokenizer.bos_token_id).all()
+    assert first["window"].shape == (8, 16)
+    assert ((first["window"] == chat_tokenizer.bos_token_id).sum(dim=1) == 1).all()
+    with pytest.raises(InputError, match="no beginning-of-text token"):
+        sample(path, tokenizer=number_tokenizer, bos="window")
