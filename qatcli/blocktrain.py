@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qatcli.activations import in_order, read_batches
 from qatcli.gptq import error_feedback
 from qatcli.linear import FakeQuantLinear, replace_modules
 from qatcli.models.blocks import run_block
 from qatcli.packed import ModuleQuant, QuantizedLinear
 from qatcli.recipe.schema import BlockApSection
-from qatcli.training import Schedule, adamw, autocast, gradients_finite, peak_rate, restore, set_rates, snapshot
-
-TRIES = 3  # restarts from the best iterate at half the rate, before a block is left at that iterate
-
+from qatcli.stepper import Stepper
+from qatcli.training import Schedule, autocast, peak_rate, scale_unit
 
 @dataclass(frozen=True)
 class Windows:
@@ -99,9 +98,9 @@ def input_hessians(
         block.get_submodule(name.removeprefix(prefix + ".")).register_forward_pre_hook(collect(name)) for name in names
     ]
     try:
-        for window in inputs:
+        for (window,) in read_batches([inputs], in_order(len(inputs), 1), device):
             with autocast(device, inputs.dtype):
-                run_block(block, window[None].to(device), arguments)
+                run_block(block, window, arguments)
             shared.clear()
     finally:
         for handle in handles:
@@ -128,11 +127,10 @@ def validation_loss(
 ) -> float:
     """Mean loss over held-out windows."""
     total = 0.0
-    for start in range(0, len(windows.inputs), batch_size):
-        inputs = windows.inputs[start : start + batch_size].to(device)
+    batches = in_order(len(windows.inputs), batch_size)
+    for inputs, target in read_batches((windows.inputs, windows.targets), batches, device):
         with autocast(device, inputs.dtype):
             output = run_block(block, inputs, arguments)
-        target = windows.targets[start : start + batch_size].to(device)
         total += float(block_loss(output, target, kind)) * len(inputs)
     return total / len(windows.inputs)
 
@@ -148,60 +146,49 @@ def train_block(
     symmetric: bool,
     generator: torch.Generator,
     device: torch.device,
+    progress: Callable[..., None] = lambda *_, **__: None,
 ) -> BlockResult:
     """Train the block in place; with `keep_best` it ends at its best validation loss, the start included.
 
-    A non-finite loss or gradient puts the best iterate back and goes on at half the rate; after `TRIES` of these the
-    block stays at that iterate.
+    A non-finite loss or gradient puts the best iterate back, see `Stepper`; a block that keeps failing stays at it.
     """
     if config.epochs == 0:
         measured = validation_loss(block, held_out, arguments, config.loss, config.batch_size, device)
         return BlockResult(before=measured, after=measured)
     steps_per_epoch = -(-len(train.inputs) // config.batch_size)
-    schedule = Schedule(
-        config.epochs * steps_per_epoch, floor=1 / config.min_lr_factor if config.min_lr_factor else 0.0
-    )
-    optimizer = adamw(_parameter_groups(block, students, config, schedule, symmetric=symmetric))
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    schedule = Schedule.of(config.epochs * steps_per_epoch, min_lr_factor=config.min_lr_factor)
+    groups = _parameter_groups(block, students, config, schedule, symmetric=symmetric)
+    stepper = Stepper(groups, schedule, dtype=train.inputs.dtype, device=device, grad_clip=config.grad_clip)
 
     def validate() -> float:
         return validation_loss(block, held_out, arguments, config.loss, config.batch_size, device)
 
     result = BlockResult(before=validate())
-    best_loss, best = result.before, snapshot(trained)
+    stepper.offer(result.before)
     step = 0
     for _ in range(config.epochs):
         total = torch.zeros((), device=device)
-        for batch in _batches(len(train.inputs), config.batch_size, config.shuffle, generator):
-            set_rates(optimizer, schedule, step)
+        batches = _batches(len(train.inputs), config.batch_size, config.shuffle, generator)
+        for inputs, targets in read_batches((train.inputs, train.targets), batches, device):
+            stepper.begin(step)
             step += 1
-            with autocast(device, train.inputs.dtype):
-                output = run_block(block, train.inputs[batch].to(device), arguments)
-            loss = block_loss(output, train.targets[batch].to(device), config.loss)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if not (bool(torch.isfinite(loss)) and gradients_finite(trained)):
-                result.backoffs += 1
-                restore(trained, best)
-                if result.backoffs >= TRIES:
-                    result.after = best_loss
-                    return result
-                for group in optimizer.param_groups:
-                    group["peak"] /= 2
-                optimizer.state.clear()
-                continue
-            if config.grad_clip is not None:
-                torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
-            optimizer.step()
-            total += loss.detach()
+            with stepper.autocast():
+                output = run_block(block, inputs.to(stepper.dtype), arguments)
+            loss = block_loss(output, targets, config.loss)
+            stepper.backward(loss)
+            if stepper.finish(loss_finite=bool(torch.isfinite(loss))):
+                total += loss.detach()
+            result.backoffs = stepper.backoffs
+            if stepper.exhausted:
+                result.after = stepper.best_loss
+                return result
         result.epochs.append(float(total) / steps_per_epoch)
         result.validation.append(validate())
-        if result.validation[-1] < best_loss:
-            best_loss, best = result.validation[-1], snapshot(trained)
-    result.after = result.validation[-1] if result.validation else result.before
+        stepper.offer(result.validation[-1])
+    result.after = result.validation[-1]
     if config.keep_best or not result.after < float("inf"):
-        restore(trained, best)
-        result.after = best_loss
+        stepper.restore_best()
+        result.after = stepper.best_loss
     return result
 
 
@@ -229,9 +216,8 @@ def _parameter_groups(
 
     groups = []
     for student in students.values():
-        step_size = float(student.scale.detach().mean())
-        groups.append(group(student.weight, config.lr_weights, step_size))
-        groups.append(group(student.scale, config.lr_scales, step_size))
+        groups.append(group(student.weight, config.lr_weights, float(student.scale.detach().mean())))
+        groups.append(group(student.scale, config.lr_scales, scale_unit(student.scale, student.bits)))
         groups.append(group(student.zero_point, 0.0 if symmetric else config.lr_zero_points, 1.0))
     inside = {id(p) for student in students.values() for p in student.parameters()}
     for name, parameter in block.named_parameters():

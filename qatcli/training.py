@@ -4,8 +4,10 @@ Reach. Adam moves a parameter by about its learning rate per step, so the sum of
 how far it can travel. Quantization only cares how far that is in step sizes: a weight must travel about half a step to
 change its code. The published absolute rates give a Llama-2-7B weight a reach of about 1.5 steps at 2 bits and 4096
 updates, and a SmolLM2 weight one of 0.01 steps at 128 updates, which is why the recipe collapses there. With
-`lr_units: reach` the rates are stated as that total distance, in step sizes for weights, as a fraction for scales and
-norms, in integer steps for zero points, and hold for any number of updates and any magnitude of weights.
+`lr_units: reach` the rates are stated as that total distance: in step sizes for weights, in step sizes by which the
+outermost level of the grid moves for scales, as a fraction for norms, in integer steps for zero points. They hold for
+any number of updates, magnitude of weights and bits: the same relative change of a scale does twice the harm with
+every bit, because the grid reaches twice as many steps.
 """
 
 from __future__ import annotations
@@ -30,6 +32,11 @@ class Schedule:
     floor: float
     warmup: int = 0
 
+    @classmethod
+    def of(cls, steps: int, *, min_lr_factor: float | None, warmup: float = 0.0) -> Schedule:
+        """The schedule of a recipe's section. `warmup` is a fraction of the steps; any fraction above 0 is a step."""
+        return cls(steps, floor=1 / min_lr_factor if min_lr_factor else 0.0, warmup=math.ceil(warmup * steps))
+
     def factor(self, step: int) -> float:
         """Factor for update `step` in [0, steps)."""
         if step < self.warmup:
@@ -42,15 +49,19 @@ class Schedule:
         return sum(self.factor(step) for step in range(self.steps))
 
 
-def peak_rate(rate: float, *, units: str, unit_size: float, schedule: Schedule) -> float:
-    """The peak learning rate for a parameter whose natural step is `unit_size`."""
-    return rate if units == "absolute" else rate * unit_size / schedule.total()
+def peak_rate(
+    rate: float, *, units: str, unit_size: float, schedule: Schedule, max_step: float | None = None
+) -> float:
+    """The peak learning rate for a parameter whose natural step is `unit_size`; `max_step` bounds it, in such steps."""
+    if units == "absolute":
+        return rate
+    steps = rate / schedule.total()
+    return unit_size * (steps if max_step is None else min(steps, max_step))
 
 
-def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
-    """Put every group at its rate for update `step`; groups carry their peak as `peak`."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * schedule.factor(step)
+def scale_unit(scale: Tensor, bits: int) -> float:
+    """The change of a scale that moves the outermost level of its grid, 2^(bits-1) codes away, by one step size."""
+    return float(scale.detach().abs().mean()) / 2 ** (bits - 1)
 
 
 def adamw(groups: list[dict[str, object]]) -> torch.optim.AdamW:
@@ -66,7 +77,7 @@ def adamw(groups: list[dict[str, object]]) -> torch.optim.AdamW:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Autocast to bf16 compute; nothing for fp32."""
+    """Autocast to a 16-bit compute dtype; nothing for fp32."""
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
@@ -75,7 +86,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def compute_dtype(amp: str, device: torch.device) -> torch.dtype:
     """bf16 where the hardware has it, else fp32; or what the recipe says."""
     if amp != "auto":
-        return torch.float32 if amp == "float32" else torch.bfloat16
+        dtype: torch.dtype = getattr(torch, amp)
+        return dtype
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     capability = torch.backends.cpu.get_cpu_capability()

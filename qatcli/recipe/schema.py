@@ -13,63 +13,33 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import Field, model_validator
 
-from qatcli.recipe import locations
+from qatcli.recipe.fields import (
+    Count,
+    CountOrZero,
+    DataFolder,
+    DecayFactor,
+    Folder,
+    GroupSize,
+    Name,
+    Number,
+    Positive,
+    Rate,
+    Section,
+    Source,
+    Text,
+)
 from qatcli.recipe.methods import Method, fill
 
 Bits = Literal[2, 3, 4, 8]
 Format = Literal["gptq", "bitblas", "native", "gguf", "awq", "compressed-tensors", "dense"]
 
 
-def _not_a_boolean(value: Any) -> Any:
-    """Python counts True as 1; in a recipe `samples: yes` is a mistake."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
-    return value
-
-
-def _group_size(value: int) -> int:
-    if value == 0 or value < -1:
-        raise ValueError("must be positive, or -1 for one group per row")
-    return value
-
-
-def _source(value: str, info: ValidationInfo) -> str:
-    return value if info.context is None else locations.resolve_source(value, info.context)
-
-
-def _text(value: str, info: ValidationInfo) -> str:
-    return value if info.context is None else locations.resolve_text(value, info.context)
-
-
-def _folder(value: str, info: ValidationInfo) -> str:
-    return value if info.context is None else locations.absolute(value, info.context)
-
-
-_Number = BeforeValidator(_not_a_boolean)
-_Name = Annotated[str, Field(min_length=1)]
-_Count = Annotated[int, _Number, Field(ge=1)]
-_CountOrZero = Annotated[int, _Number, Field(ge=0)]
-_Rate = Annotated[float, _Number, Field(ge=0)]
-_Positive = Annotated[float, _Number, Field(gt=0)]
-_DecayFactor = Annotated[float, _Number, Field(ge=1)]
-_GroupSize = Annotated[int, _Number, AfterValidator(_group_size)]
-_Source = Annotated[_Name, AfterValidator(_source)]
-_Text = Annotated[_Name, AfterValidator(_text)]
-_Folder = Annotated[_Name, AfterValidator(_folder)]
-
-
-class Section(BaseModel):
-    """What all sections share: unknown keys are errors, values never change, docstrings are descriptions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
 class ModelSection(Section):
     """The full-precision model."""
 
-    source: _Source
+    source: Source
     """Hub id (`owner/name`), local folder, or GGUF file. A path starts with `.`, `/` or `~`, or ends in `.gguf`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; null takes the default branch."""
@@ -82,11 +52,11 @@ class ModelSection(Section):
 class ModuleOverride(Section):
     """Other bits or another group size for some of the linears."""
 
-    pattern: _Name
+    pattern: Name
     """Shell pattern on the full module name, for example `*.mlp.down_proj`; a later match wins over an earlier one."""
     bits: Bits | None = None
     """Bits of the matching linears; null keeps `quant.bits`."""
-    group_size: _GroupSize | None = None
+    group_size: GroupSize | None = None
     """Group size of the matching linears, positive or -1; null keeps `quant.group_size`."""
 
     @model_validator(mode="after")
@@ -101,7 +71,7 @@ class QuantSection(Section):
 
     bits: Bits
     """Bits per weight."""
-    group_size: _GroupSize = 64
+    group_size: GroupSize = 64
     """Consecutive inputs of one output row that share a scale and a zero point: a positive divisor of the inputs, or -1
     for the whole row."""
     symmetric: bool = False
@@ -111,7 +81,7 @@ class QuantSection(Section):
     second moments of the layer's inputs."""
     overrides: tuple[ModuleOverride, ...] = ()
     """Exceptions by module name, applied in order."""
-    skip: tuple[_Name, ...] = ("lm_head",)
+    skip: tuple[Name, ...] = ("lm_head",)
     """Shell patterns of linears that stay in full precision. Embeddings and norms always do."""
 
     def for_module(self, name: str) -> tuple[int, int] | None:
@@ -130,20 +100,34 @@ class QuantSection(Section):
 class DataSource(Section):
     """One source of training text."""
 
-    source: _Source
-    """Hub data set (`owner/name`), or local files: a path or a glob such as `./text/*.jsonl`."""
+    source: Source
+    """Hub data set (`owner/name`), or local files: a path, a folder, or a glob such as `./text/*.jsonl`."""
     name: str | None = None
-    """Configuration of a hub data set."""
-    split: _Name = "train"
+    """Configuration of a hub data set, such as `en` of `allenai/c4`."""
+    split: Name = "train"
     """Split of a hub data set."""
-    field: _Name = "text"
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; null takes the default branch."""
+    files: Name | None = None
+    """Pattern of data files to download from a hub data set and read one by one, instead of what `name` and `split`
+    say; for repositories with a loading script, such as `"*.jsonl"` of `togethercomputer/RedPajama-Data-1T-Sample`."""
+    field: Name = "text"
     """Column or JSON key that holds the text."""
-    weight: _Positive = 1.0
+    weight: Positive = 1.0
     """Share of the windows drawn from this source, relative to the weights of the others."""
     streaming: bool = False
     """Read a hub data set over the network as needed; nothing is stored on disk first."""
     format: Literal["auto", "text", "chat", "alpaca"] = "auto"
-    """Shape of a record: plain text, a list of chat messages, or Alpaca's instruction, input and output."""
+    """Shape of a record: plain text, a list of chat messages, or Alpaca's instruction, input and output. Of the last
+    two only answers are learnt: the assistant's turns, the outputs."""
+    template: Literal["alpaca", "chat"] = "alpaca"
+    """How Alpaca's records become text: the Alpaca prompt, or the tokenizer's chat template as for messages."""
+    packing: bool | None = None
+    """Whether consecutive documents share a window. `false` is one document per window: a random part of a long text,
+    an instruction followed by padding. null packs instructions, and texts too short to fill windows alone."""
+    bos: Literal["document", "window"] = "document"
+    """Where the beginning-of-text token stands: before each document, if the tokenizer puts it there, or at the start
+    of every window as well, which models that were never trained without it need (Gemma)."""
 
 
 class CalibrateSection(Section):
@@ -151,33 +135,37 @@ class CalibrateSection(Section):
 
     data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Where the windows come from."""
-    samples: _Count = 4096
+    samples: Count = 4096
     """Training windows."""
-    validation_samples: _CountOrZero = 64
+    validation_samples: CountOrZero = 64
     """Held-out windows, from documents that the training windows do not touch."""
-    seq_len: Annotated[int, _Number, Field(ge=8)] = 2048
+    seq_len: Annotated[int, Number, Field(ge=8)] = 2048
     """Tokens per window."""
-    seed: _CountOrZero = 2
+    seed: CountOrZero = 2
     """Seed of the choice of documents and windows, and of the order of training."""
-    moment_samples: _CountOrZero = 64
+    moment_samples: CountOrZero = 64
     """Training windows, at most, from which the second moments of every linear's inputs are measured."""
 
 
 class CacheSection(Section):
     """Where the activations of all windows live while a block is trained."""
 
-    host_gb: _Rate | None = None
-    """Host memory that the activations may use, in GB; null is half of the memory available when the stage starts."""
-    dir: _Folder | None = None
+    device_gb: Rate | None = None
+    """GPU memory that the activations may use, in GiB; null is half of what is free when the stage starts. Without
+    meaning on a CPU."""
+    host_gb: Rate | None = None
+    """Host memory that the activations may use beyond that, in GiB, pinned for a GPU; null is half of what is available
+    when the stage starts, control groups respected."""
+    dir: Folder | None = None
     """Folder for memory-mapped files that hold what does not fit; null puts them in the stage's own directory."""
 
 
 class BlockApSection(Section):
     """`qat block-ap`: train every block against the full-precision block."""
 
-    epochs: _CountOrZero = 2
+    epochs: CountOrZero = 2
     """Passes over the training windows; 0 trains nothing and leaves the rounded model."""
-    batch_size: _Count = 2
+    batch_size: Count = 2
     """Windows per optimizer step."""
     loss: Literal["relative", "mse"] = "relative"
     """`mse` on the block's output, or that error relative to the energy of the target, so that tokens and channels
@@ -188,24 +176,26 @@ class BlockApSection(Section):
     """Unit of the `lr_` keys. `absolute`: the peak rate given to AdamW. `reach`: the whole distance over which the
     cosine schedule lets Adam move a parameter. The peak rate is derived from it, so a recipe means the same for any
     number of steps and any magnitude of weights."""
-    lr_weights: _Rate = 0.75
+    lr_weights: Rate = 0.5
     """Weights of the linears; as reach, in step sizes (scales) of the weight's own group. 0 does not train them."""
-    lr_scales: _Rate = 1.0
-    """Scales; as reach, relative to the scale itself. 0 does not train them."""
-    lr_zero_points: _Rate = 0.0
+    lr_scales: Rate = 1.0
+    """Scales; as reach, in step sizes by which the outermost level of the grid moves: the scale itself changes by this
+    over `2^(bits-1)`, relative. 0 does not train them."""
+    lr_zero_points: Rate = 0.0
     """Zero points; as reach, in integer steps. 0 does not train them."""
-    lr_norms: _Rate = 0.1
+    lr_norms: Rate = 0.1
     """Norm weights; as reach, relative to their own magnitude. 0 does not train them."""
-    min_lr_factor: _DecayFactor | None = 20.0
+    min_lr_factor: DecayFactor | None = 20.0
     """The cosine schedule ends at the peak rate divided by this; null ends at zero."""
     keep_best: bool = True
     """Keep the state with the lowest validation loss, the untrained one included: a block never ends worse."""
     shuffle: bool = True
     """New order of the windows in every epoch."""
-    grad_clip: _Positive | None = None
+    grad_clip: Positive | None = None
     """Largest norm of the gradient; null does not clip."""
-    amp: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Arithmetic of the blocks; `auto` is bfloat16 where the hardware has it. Parameters are always fp32."""
+    amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Arithmetic of the blocks; `auto` is bfloat16 where the hardware has it. float16 scales its losses, and needs a
+    model whose hidden states stay below 65504. Parameters are always fp32."""
     cache: CacheSection = CacheSection()
     """Where the activations live."""
 
@@ -215,17 +205,17 @@ class E2eQpSection(Section):
 
     data: Annotated[tuple[DataSource, ...], Field(min_length=1)] | None = None
     """Where the windows come from; null takes `calibrate.data`. Instruction data make this stage fine-tuning."""
-    samples: _Count = 4096
+    samples: Count = 4096
     """Training windows."""
-    validation_samples: _CountOrZero = 16
+    validation_samples: CountOrZero = 16
     """Held-out windows."""
-    seq_len: Annotated[int, _Number, Field(ge=8)] = 4096
+    seq_len: Annotated[int, Number, Field(ge=8)] = 4096
     """Tokens per window."""
-    epochs: _CountOrZero = 1
+    epochs: CountOrZero = 1
     """Passes over the training windows; 0 trains nothing."""
-    batch_size: _Count = 32
+    batch_size: Count = 32
     """Windows per optimizer step."""
-    micro_batch_size: _Count = 1
+    micro_batch_size: Count = 1
     """Windows per forward pass; divides `batch_size`. Changes memory and speed, not the result."""
     loss: Literal["kl", "next-token"] = "kl"
     """Distance to the full-precision model's next-token distribution, or cross-entropy on the text."""
@@ -233,21 +223,25 @@ class E2eQpSection(Section):
     """Parameters that train."""
     lr_units: Literal["reach", "absolute"] = "reach"
     """Unit of the `lr_` keys, as in `block_ap.lr_units`."""
-    lr_scales: _Rate = 0.15
-    """Scales; as reach, relative to the scale itself."""
-    lr_norms: _Rate = 0.0
+    lr_scales: Rate = 0.3
+    """Scales; as reach, in step sizes by which the outermost level of the grid moves."""
+    lr_norms: Rate = 0.0
     """Norm weights; as reach, relative to their own magnitude."""
-    min_lr_factor: _DecayFactor | None = 20.0
+    max_step: Positive | None = 0.02
+    """With `lr_units: reach`, the largest peak rate, in the units of the `lr_` keys: short runs would otherwise take
+    steps that undo more than they teach. null does not bound it."""
+    min_lr_factor: DecayFactor | None = 20.0
     """The cosine schedule ends at the peak rate divided by this; null ends at zero."""
-    warmup: Annotated[float, _Number, Field(ge=0, lt=1)] = 0.03
-    """Fraction of the steps over which the rate rises from zero."""
-    grad_clip: _Positive | None = 1.0
+    warmup: Annotated[float, Number, Field(ge=0, lt=1)] = 0.1
+    """Fraction of the steps over which the rate rises from zero, rounded up to whole steps."""
+    grad_clip: Positive | None = 1.0
     """Largest norm of the gradient; null does not clip."""
     gradient_checkpointing: bool = True
     """Recompute each block in the backward pass: less memory, more time, the same result."""
-    amp: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Arithmetic of the model; `auto` is bfloat16 where the hardware has it. Trained parameters are always fp32."""
-    checkpoint_every: _Count = 16
+    amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Arithmetic of the model; `auto` is bfloat16 where the hardware has it, float16 scales its losses. Trained
+    parameters are always fp32."""
+    checkpoint_every: Count = 16
     """Optimizer steps between two states from which an interrupted run resumes."""
     keep_best: bool = True
     """Keep the state with the lowest validation loss, the untrained one included."""
@@ -273,13 +267,13 @@ class ExportSection(Section):
     """Also load it in the installed libraries that serve the format and compare logits."""
     dtype: Literal["float16", "bfloat16"] = "float16"
     """native, dense: type of everything that is not quantized."""
-    max_shard_gb: _Positive = 5.0
+    max_shard_gb: Positive = 5.0
     """Size above which a new safetensors shard begins."""
     awq_promote: bool = False
     """awq: let 2- and 3-bit codes ride in 4 bits."""
     bitblas_zeros: Literal["qzeros", "zeros"] = "qzeros"
     """bitblas: name of the zero-point tensor, `qzeros` since GPTQModel 5, `zeros` before."""
-    gguf_type: _Name = "auto"
+    gguf_type: Name = "auto"
     """gguf: `auto` (smallest that fits), `exact` (no rounded offset), or a block type such as `Q8_0`."""
     gguf_embedding: Literal["F16", "Q8_0"] = "F16"
     """gguf: type of the embeddings and the head."""
@@ -288,14 +282,46 @@ class ExportSection(Section):
 class PerplexityText(Section):
     """One text whose perplexity is measured over windows that do not overlap."""
 
-    name: _Name
+    name: Name
     """Name of the metric, used in the report and in `expect`."""
-    source: _Text
+    source: Text
     """`wikitext2` (test split), `c4` (validation), or the path of a text file."""
-    seq_len: Annotated[int, _Number, Field(ge=8)] = 2048
+    seq_len: Annotated[int, Number, Field(ge=8)] = 2048
     """Tokens per window."""
-    windows: _Count | None = None
+    windows: Count | None = None
     """Windows to measure, from the start of the text; null is all of them."""
+
+
+class ZeroShotSection(Section):
+    """Accuracy on lm-eval's tasks. Needs `pip install 'qatcli[eval]'`."""
+
+    tasks: Annotated[tuple[Name, ...], Field(min_length=1)] = (
+        "winogrande",
+        "piqa",
+        "hellaswag",
+        "arc_easy",
+        "arc_challenge",
+    )
+    """lm-eval's names. The default are the paper's five: `acc`, no examples in the prompt. Other tasks keep lm-eval's
+    own settings."""
+    data: DataFolder | None = None
+    """Folder of local rows for these five: `hellaswag_val.jsonl`, `piqa_val.jsonl`, `winogrande_xl_val.jsonl`,
+    `arc_easy_test.jsonl`, `arc_challenge_test.jsonl`; null, and any other task, takes lm-eval's data from the hub."""
+    limit: Count | None = None
+    """Rows of each task, from its start; null is all of them."""
+    batch_tokens: Count = 1024
+    """Tokens per forward pass. Changes memory and speed, not the result beyond rounding."""
+
+
+class SpeedSection(Section):
+    """How fast one sequence is read and continued, with the weights as they are loaded."""
+
+    prompt_tokens: Count = 512
+    """Tokens of the prompt."""
+    new_tokens: Count = 32
+    """Tokens generated after it."""
+    repeats: Count = 3
+    """Measurements, of which the median counts; one more warms up."""
 
 
 class EvalSection(Section):
@@ -305,6 +331,13 @@ class EvalSection(Section):
     """Texts for perplexity."""
     kl: bool = True
     """Also measure the distance to the full-precision model's next-token distribution on these texts."""
+    zero_shot: ZeroShotSection | None = None
+    """Accuracy on tasks; `{}` takes the paper's five from the hub, null measures none."""
+    speed: SpeedSection | None = SpeedSection()
+    """Tokens per second and memory; null measures neither."""
+    cache: bool = True
+    """Keep the full-precision model's perplexities and accuracies in the user's cache directory, so that a machine
+    measures them once. They are used for the same files, texts, tasks, device and versions only."""
     baselines: tuple[Literal["full_precision", "round_to_nearest", "block_ap"], ...] = (
         "full_precision",
         "round_to_nearest",
@@ -313,16 +346,16 @@ class EvalSection(Section):
     """Models measured beside the result."""
     prompts: tuple[str, ...] = ()
     """Prompts that every measured model continues, for the report."""
-    max_new_tokens: _Count = 64
+    max_new_tokens: Count = 64
     """Length of these continuations, in tokens."""
 
 
 class Expectation(Section):
     """A figure that the run must reach."""
 
-    value: Annotated[float, _Number]
+    value: Annotated[float, Number]
     """The figure, in the metric's own unit."""
-    tolerance: _Rate = 0.0
+    tolerance: Rate = 0.0
     """How much worse than `value` still passes, in the same unit. Better always passes."""
 
 
@@ -339,8 +372,11 @@ class Recipe(Section):
     pack: PackSection = PackSection()
     export: ExportSection = ExportSection()
     eval: EvalSection = EvalSection()
-    expect: dict[str, Expectation] = {}
+    expect: dict[str, Expectation] = {}  # noqa: RUF012 (pydantic copies it)
     """Figures to reach, by metric name; `qat eval` and `qat report` check them."""
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also send figures to TensorBoard (`<run>/tensorboard`) or Weights & Biases while a stage runs. log.jsonl always
+    has them. Needs `pip install 'qatcli[tracking]'`; the result does not depend on it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -9,6 +9,7 @@ with `next-token` the text is. An interrupted run continues from the last optimi
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,25 +23,15 @@ from qatcli.errors import DivergedError
 from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear
 from qatcli.losses import token_loss
-from qatcli.models.source import load_tokenizer, open_source
+from qatcli.models.source import load_tokenizer
 from qatcli.packed import SCALE, PackedCheckpoint, write_config
 from qatcli.recipe.schema import E2eQpSection
 from qatcli.shards import INDEX, load_tensors, save_tensors
-from qatcli.stages import Job
-from qatcli.training import (
-    Schedule,
-    adamw,
-    autocast,
-    compute_dtype,
-    gradients_finite,
-    peak_rate,
-    restore,
-    set_rates,
-    snapshot,
-)
+from qatcli.stages import Job, open_model
+from qatcli.stepper import Stepper
+from qatcli.training import Schedule, autocast, compute_dtype, peak_rate, scale_unit
 
 STATE = "optimizer.safetensors"
-PATIENCE = 5  # consecutive updates with a non-finite gradient before the stage gives up
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -59,7 +50,7 @@ def run(job: Job) -> dict[str, Any]:
         enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
     teacher = None
     if config.loss == "kl":
-        teacher = open_source(**recipe.model.model_dump()).load_model(dtype, job.device)
+        teacher = open_model(job).load_model(dtype, job.device)
     trained = trained_parameters(student, config)
     trainer = _Trainer(student, teacher, trained, config, held_out, dtype, job)
     metrics = trainer.train(train)
@@ -98,91 +89,86 @@ class _Trainer:
     ) -> None:
         self.student, self.teacher, self.trained, self.config = student, teacher, trained, config
         self.held_out, self.dtype, self.job = held_out, dtype, job
-        self.best = snapshot(trained.values())
-        self.best_loss = float("inf")
-        self.first_loss = float("nan")
 
     def train(self, text: Windows) -> dict[str, Any]:
         config, log = self.config, self.job.log
         per_epoch = len(text) // config.batch_size
         steps = config.epochs * per_epoch
-        schedule = Schedule(
-            steps, floor=1 / config.min_lr_factor if config.min_lr_factor else 0.0, warmup=int(config.warmup * steps)
-        )
         if steps == 0:
-            loss = self.validate()
-            return {"steps": 0, "loss": config.loss, "before": loss, "after": loss}
-        optimizer = adamw(self._groups(schedule))
-        start = self._load(optimizer)
+            loss = self.validate(self.dtype)
+            return {"steps": 0, "loss": config.loss, "before": loss, "after": loss, "backoffs": 0}
+        schedule = Schedule.of(steps, min_lr_factor=config.min_lr_factor, warmup=config.warmup)
+        stepper = Stepper(
+            self._groups(schedule), schedule, dtype=self.dtype, device=self.job.device, grad_clip=config.grad_clip
+        )
         self.student.train(config.gradient_checkpointing)  # checkpointing only works in training mode
+        start, before = self._load(stepper)
         if start == 0:
-            self.first_loss = self.best_loss = self.validate()
-            log.event("validation", step=0, loss=self.first_loss)
-        failures = 0
+            before = self.validate(stepper.dtype)
+            stepper.offer(before)
+            log.event("validation", step=0, loss=before)
         with log.progress("e2e-qp", steps, done=start) as bar:
             for step in range(start, steps):
-                set_rates(optimizer, schedule, step)
-                loss = self._update(optimizer, text, self._batch(step, per_epoch, len(text)))
-                failures = 0 if loss == loss else failures + 1
-                if failures >= PATIENCE:
-                    raise DivergedError(
-                        f"e2e-qp: the gradient was not finite for {PATIENCE} updates up to {step + 1}",
-                        hint="set e2e_qp.amp=float32 or lower e2e_qp.lr_scales, with --restart",
-                    )
-                log.event("step", step=step + 1, loss=loss)
-                last = step + 1 == steps
-                if last or (step + 1) % config.checkpoint_every == 0:
-                    self._keep_best(step + 1)
-                    self._save(optimizer, step + 1)
-                bar.advance(detail=f"loss {loss:.4f} held-out {self.best_loss:.4f}")
-        if config.keep_best:
-            restore(self.trained.values(), self.best)
-        return {"steps": steps, "loss": config.loss, "before": self.first_loss, "after": self.best_loss}
+                loss = self._update(stepper, step, text, self._batch(step, per_epoch, len(text)))
+                log.event("step", step=step + 1, loss=loss, backoffs=stepper.backoffs)
+                if stepper.exhausted:
+                    break
+                if step + 1 == steps or (step + 1) % config.checkpoint_every == 0:
+                    held_out = self.validate(stepper.dtype)
+                    log.event("validation", step=step + 1, loss=held_out)
+                    stepper.offer(held_out, always=not config.keep_best)
+                    self._save(stepper, step + 1, before)
+                bar.advance(detail=f"loss {loss:.4f} held-out {stepper.best_loss:.4f}")
+        if stepper.backoffs:
+            log.warn(f"e2e-qp: non-finite loss or gradient {stepper.backoffs} times; best iterate kept")
+        stepper.restore_best()
+        if stepper.exhausted and not math.isfinite(before):
+            raise DivergedError(
+                "e2e-qp: the loss of the model it starts from is not finite",
+                hint="inspect the input with `qat eval`, or set e2e_qp.amp=float32 if it overflows",
+            )
+        return {
+            "steps": steps,
+            "loss": config.loss,
+            "before": before,
+            "after": stepper.best_loss,
+            "backoffs": stepper.backoffs,
+        }
 
-    def _update(self, optimizer: torch.optim.Optimizer, text: Windows, batch: Tensor) -> float:
-        """One optimizer step on the windows `batch`; the mean loss, NaN when it was skipped as non-finite."""
-        optimizer.zero_grad(set_to_none=True)
+    def _update(self, stepper: Stepper, step: int, text: Windows, batch: Tensor) -> float:
+        """Update `step` on the windows `batch`; the mean loss, whether or not the step was taken."""
+        stepper.begin(step)
         targets = max(1, text[batch].targets)
         total = 0.0
         for part in batch.split(self.config.micro_batch_size):
-            loss = self._loss(text[part]) / targets
-            loss.backward()
+            loss = self._loss(text[part], stepper.dtype) / targets
+            stepper.backward(loss)
             total += float(loss.detach())
-        if not gradients_finite(self.trained.values()):
-            return float("nan")
-        if self.config.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.grad_clip)
-        optimizer.step()
+        stepper.finish(loss_finite=math.isfinite(total))
         return total
 
-    def _loss(self, text: Windows) -> Tensor:
+    def _loss(self, text: Windows, dtype: torch.dtype) -> Tensor:
         device = self.job.device
         tokens, mask = text.tokens.to(device, torch.long), text.mask.to(device)
-        with autocast(device, self.dtype):
-            target = None
-            if self.teacher is not None:
-                with torch.no_grad():
-                    target = self.teacher(input_ids=tokens, use_cache=False).logits
+        target = None
+        if self.teacher is not None:
+            with torch.no_grad(), autocast(device, self.dtype):
+                target = self.teacher(input_ids=tokens, use_cache=False).logits
+        with autocast(device, dtype):
             predicted = self.student(input_ids=tokens, use_cache=False).logits
         return token_loss(predicted, target, tokens, mask)
 
     @torch.no_grad()
-    def validate(self) -> float:
+    def validate(self, dtype: torch.dtype) -> float:
         """Mean loss per target token on the held-out windows."""
         if not len(self.held_out):
             return float("nan")
         self.student.eval()
         total = 0.0
         for part in torch.arange(len(self.held_out)).split(self.config.micro_batch_size):
-            total += float(self._loss(self.held_out[part]))
+            total += float(self._loss(self.held_out[part], dtype))
         self.student.train(self.config.gradient_checkpointing)
         return total / max(1, self.held_out.targets)
-
-    def _keep_best(self, step: int) -> None:
-        loss = self.validate()
-        self.job.log.event("validation", step=step, loss=loss)
-        if loss < self.best_loss or not self.config.keep_best:
-            self.best_loss, self.best = loss, snapshot(self.trained.values())
 
     def _batch(self, step: int, per_epoch: int, count: int) -> Tensor:
         """The windows of update `step`: a function of the step alone, so that a resume needs no sampler state."""
@@ -192,38 +178,57 @@ class _Trainer:
         return order[index * self.config.batch_size : (index + 1) * self.config.batch_size]
 
     def _groups(self, schedule: Schedule) -> list[dict[str, object]]:
+        config = self.config
         groups: list[dict[str, object]] = []
         for name, parameter in self.trained.items():
-            rate = self.config.lr_scales if name.endswith(SCALE) else self.config.lr_norms
-            unit = float(parameter.detach().abs().mean())
-            peak = peak_rate(rate, units=self.config.lr_units, unit_size=unit, schedule=schedule)
+            module = self.student.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, PackedLinear):
+                rate, unit = config.lr_scales, scale_unit(parameter, module.quant.bits)
+            else:
+                rate, unit = config.lr_norms, float(parameter.detach().abs().mean())
+            peak = peak_rate(rate, units=config.lr_units, unit_size=unit, schedule=schedule, max_step=config.max_step)
             groups.append({"params": [parameter], "peak": peak})
         return groups
 
-    def _save(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def _save(self, stepper: Stepper, step: int, before: float) -> None:
         tensors = {
             "step": torch.tensor(step),
-            "losses": torch.tensor([self.first_loss, self.best_loss], dtype=torch.float64),
+            "losses": torch.tensor([before, stepper.best_loss], dtype=torch.float64),
+            "backoffs": torch.tensor(stepper.backoffs),
         }
-        for (name, parameter), best in zip(self.trained.items(), self.best, strict=True):
+        scaler = stepper.scaler.state_dict()
+        if scaler:
+            tensors["scaler"] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
+        for name, parameter, best in self._named(stepper):
             tensors |= {f"now.{name}": parameter.detach(), f"best.{name}": best}
-            tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(parameter, {}).items()}
+            tensors |= {f"{key}.{name}": value for key, value in stepper.optimizer.state.get(parameter, {}).items()}
         save_tensors(self.job.out / STATE, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
-    def _load(self, optimizer: torch.optim.Optimizer) -> int:
-        """Continue from the last checkpoint of an interrupted run; the number of updates already made."""
+    def _load(self, stepper: Stepper) -> tuple[int, float]:
+        """Continue from the last checkpoint of an interrupted run: the updates already made, the loss before them."""
         if not (self.job.out / STATE).is_file():
-            return 0
+            return 0, float("nan")
+        device = self.job.device
         tensors = load_tensors(self.job.out / STATE)
-        names = list(self.trained)
-        restore(self.trained.values(), [tensors[f"now.{name}"] for name in names])
-        self.best = [tensors[f"best.{name}"].to(self.job.device) for name in names]
-        self.first_loss, self.best_loss = (float(value) for value in tensors["losses"])
-        for name, parameter in self.trained.items():
+        before, best_loss = (float(value) for value in tensors["losses"])
+        named = self._named(stepper)
+        stepper.resume(
+            [tensors[f"best.{name}"].to(device) for name, _, _ in named],
+            best_loss,
+            backoffs=int(tensors["backoffs"]),
+            scaler=[float(value) for value in tensors["scaler"]] if "scaler" in tensors else None,
+        )
+        for name, parameter, _ in named:
+            parameter.data.copy_(tensors[f"now.{name}"])
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
             if keys:
-                optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(self.job.device) for key in keys}
-        return int(tensors["step"])
+                stepper.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(device) for key in keys}
+        return int(tensors["step"]), before
+
+    def _named(self, stepper: Stepper) -> list[tuple[str, Tensor, Tensor]]:
+        """Checkpoint name, parameter and its best value, of the parameters whose rate is not zero."""
+        names = {id(parameter): name for name, parameter in self.trained.items()}
+        return [(names[id(p)], p, best) for p, best in zip(stepper.parameters, stepper.best, strict=True)]
 
 
 def _windows(job: Job) -> tuple[Windows, Windows]:
@@ -238,6 +243,7 @@ def _windows(job: Job) -> tuple[Windows, Windows]:
             seq_len=config.seq_len,
             seed=job.recipe.calibrate.seed,
             purpose="e2e-qp",
+            padding=True,
         )
         save_windows(job.out, windows)
     return load_windows(job.out)

@@ -18,7 +18,7 @@ from qatcli.training import (
     gradients_finite,
     peak_rate,
     restore,
-    set_rates,
+    scale_unit,
     snapshot,
 )
 
@@ -78,7 +78,8 @@ def test_reach_is_how_far_adam_goes_whatever_the_number_of_steps(steps: int) -> 
         [{"params": [parameter], "peak": peak_rate(1.5, units="reach", unit_size=0.02, schedule=schedule)}]
     )
     for step in range(steps):
-        set_rates(optimizer, schedule, step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule.factor(step)
         parameter.grad = torch.tensor([0.3, -7.0])
         optimizer.step()
     moved = parameter.detach() - torch.tensor([5.0, -3.0])
@@ -86,7 +87,27 @@ def test_reach_is_how_far_adam_goes_whatever_the_number_of_steps(steps: int) -> 
 
 
 def test_absolute_rates_are_taken_as_they_are() -> None:
-    assert peak_rate(1e-4, units="absolute", unit_size=0.02, schedule=Schedule(10, 0.0)) == 1e-4
+    schedule = Schedule(10, 0.0)
+    assert peak_rate(1e-4, units="absolute", unit_size=0.02, schedule=schedule, max_step=1e-9) == 1e-4
+
+
+def test_a_short_run_takes_bounded_steps() -> None:
+    """Eight updates cannot cover a reach of 1 in steps of at most 0.02; a thousand can, and are not held back."""
+    short, long = Schedule(8, 0.0), Schedule(1000, 0.0)
+    assert peak_rate(1.0, units="reach", unit_size=0.5, schedule=short, max_step=0.02) == pytest.approx(0.01)
+    free = peak_rate(1.0, units="reach", unit_size=0.5, schedule=long)
+    assert peak_rate(1.0, units="reach", unit_size=0.5, schedule=long, max_step=0.02) == free < 0.01
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_unit_of_a_scale_moves_the_outermost_level_by_one_step(bits: int) -> None:
+    scale, outermost = torch.full((4, 2), 0.1), 2 ** (bits - 1)
+    assert (scale + scale_unit(scale, bits)) * outermost == pytest.approx((scale * (outermost + 1)).numpy(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "fraction", "expected"), [(32, 0.03, 1), (8, 0.1, 1), (100, 0.1, 10), (9, 0.0, 0)])
+def test_warm_up_is_never_rounded_to_nothing(steps: int, fraction: float, expected: int) -> None:
+    assert Schedule.of(steps, min_lr_factor=20.0, warmup=fraction).warmup == expected
 
 
 def test_a_rate_of_zero_freezes() -> None:
@@ -138,6 +159,7 @@ def test_gradients_finite(bad: float) -> None:
     [
         ("float32", "cuda", True, FP32),
         ("bfloat16", "cpu", False, BF16),
+        ("float16", "cpu", False, torch.float16),
         ("auto", "cuda", True, BF16),
         ("auto", "cuda", False, FP32),
         ("auto", "cpu", True, BF16),

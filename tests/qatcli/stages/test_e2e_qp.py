@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,7 @@ def stage(random_llama: Path, pack_model: Callable[..., Path], tmp_path: Path) -
 
     def prepare(folder: str = "out", **section: Any) -> Job:
         settings = {"samples": 8, "validation_samples": 4, "seq_len": SEQ_LEN, "batch_size": 4, "amp": "float32"}
-        settings |= {"gradient_checkpointing": False, "lr_scales": 0.05, "epochs": 2, **section}
+        settings |= {"gradient_checkpointing": False, "lr_scales": 0.1, "max_step": None, "epochs": 2, **section}
         recipe = Recipe.model_validate(
             {
                 "model": {"source": str(random_llama)},
@@ -150,7 +152,9 @@ def test_scales_train_and_nothing_else_changes(stage: Callable[..., Job], random
 def test_the_stage_leaves_its_files_and_no_optimizer_state(stage: Callable[..., Job]) -> None:
     job = stage(checkpoint_every=1)
     run(job)
-    assert {file.name for file in job.out.iterdir()} == {"config.json", "model.safetensors", "windows.safetensors"}
+    assert {file.name for file in job.out.iterdir()} == {
+        *("config.json", "data.json", "model.safetensors", "windows.safetensors")
+    }
     assert PackedCheckpoint.open(job.out).modules == PackedCheckpoint.open(job.input.path).modules
 
 
@@ -165,7 +169,7 @@ def test_no_epochs_measure_but_change_nothing(stage: Callable[..., Job]) -> None
 
 
 def test_an_absurd_rate_ends_no_worse_than_it_began(stage: Callable[..., Job]) -> None:
-    job = stage(lr_scales=50.0, grad_clip=None)
+    job = stage(lr_scales=50.0, max_step=None, grad_clip=None)
     metrics = run(job)
     assert metrics["after"] <= metrics["before"]
     before, after = all_tensors(job.input.path), all_tensors(job.out)
@@ -173,7 +177,7 @@ def test_an_absurd_rate_ends_no_worse_than_it_began(stage: Callable[..., Job]) -
 
 
 def test_without_keep_best_the_last_iterate_is_written(stage: Callable[..., Job]) -> None:
-    job = stage(lr_scales=50.0, grad_clip=None, keep_best=False)
+    job = stage(lr_scales=50.0, max_step=None, grad_clip=None, keep_best=False)
     metrics = run(job)
     assert metrics["after"] > metrics["before"]
     before, after = all_tensors(job.input.path), all_tensors(job.out)
@@ -189,12 +193,57 @@ def test_memory_settings_do_not_change_the_result(stage: Callable[..., Job]) -> 
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_gradients_that_stay_not_finite_stop_the_stage(stage: Callable[..., Job]) -> None:
+def test_a_model_that_is_not_finite_is_refused(stage: Callable[..., Job]) -> None:
     job = stage(epochs=4)
     tensors = all_tensors(job.input.path)
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, job.input.path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DivergedError, match="not finite for 5 updates") as caught:
+    with pytest.raises(DivergedError, match="starts from is not finite") as caught:
         run(job)
     assert caught.value.hint is not None
-    assert "e2e_qp.lr_scales" in caught.value.hint
+    assert "e2e_qp.amp" in caught.value.hint
+
+
+def test_instructions_make_it_fine_tuning(tiny_llama: Path, pack_model: Callable[..., Path], tmp_path: Path) -> None:
+    """From rows to held-out answers: only they count in the loss before and after, and they are learnt."""
+    checkpoint = pack_model(tiny_llama, tmp_path / "block-ap", bits=3)
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, checkpoint)
+    rows = [{"instruction": f"{n} times {m}", "input": "", "output": "yes"} for n in range(20) for m in range(10)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    recipe = Recipe.model_validate(
+        {
+            "model": {"source": str(tiny_llama)},
+            "quant": {"bits": 3, "group_size": 16},
+            "calibrate": {"data": [{"source": "./not-read.txt"}]},
+            "e2e_qp": {
+                "data": [{"source": str(tmp_path / "rows.json"), "packing": False}],
+                "loss": "next-token",
+                "samples": 32,
+                "validation_samples": 4,
+                "seq_len": 180,
+                "batch_size": 8,
+                "epochs": 4,
+                "lr_scales": 0.2,
+                "amp": "float32",
+                "gradient_checkpointing": False,
+            },
+        }
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    source = StageDirectory(checkpoint, {"kind": "quantized"})
+    metrics = run(Job(recipe, source, out, tmp_path, RunLog(verbosity=-1), torch.device("cpu")))
+    _, held_out = load_windows(out)
+    assert held_out.targets == 4 * len("yes.")  # one token for each byte, and the end of the text
+    assert json.loads((out / "data.json").read_text())["targets"] == {"train": 32 * 4, "validation": 4 * 4}
+    assert metrics["after"] < 0.7 * metrics["before"]
+    for path, figure in ((checkpoint, "before"), (out, "after")):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        losses = []
+        for tokens, mask in zip(held_out.tokens.long(), held_out.mask, strict=True):
+            answer = int(mask.nonzero()[-1]) + 1  # the padding behind it changes nothing
+            with torch.no_grad():
+                logits = model(input_ids=tokens[None, :answer]).logits[0].double().log_softmax(-1)
+            losses += [-float(logits[place - 1, tokens[place]]) for place in range(answer - 4, answer)]
+        assert metrics[figure] == pytest.approx(math.fsum(losses) / len(losses), rel=1e-4)

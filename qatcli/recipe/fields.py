@@ -1,0 +1,58 @@
+"""The types of recipe keys, and what all sections share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+
+from qatcli.recipe import locations
+
+
+def _not_a_boolean(value: Any) -> Any:
+    """Python counts True as 1; in a recipe `samples: yes` is a mistake."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _group_size(value: int) -> int:
+    if value == 0 or value < -1:
+        raise ValueError("must be positive, or -1 for one group per row")
+    return value
+
+
+def _source(value: str, info: ValidationInfo) -> str:
+    return value if info.context is None else locations.resolve_source(value, info.context)
+
+
+def _text(value: str, info: ValidationInfo) -> str:
+    return value if info.context is None else locations.resolve_text(value, info.context)
+
+
+def _folder(value: str, info: ValidationInfo) -> str:
+    return value if info.context is None else locations.absolute(value, info.context)
+
+
+def _data_folder(value: str, info: ValidationInfo) -> str:
+    return value if info.context is None else locations.resolve_folder(value, info.context)
+
+
+Number = BeforeValidator(_not_a_boolean)
+Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Number, Field(ge=1)]
+CountOrZero = Annotated[int, Number, Field(ge=0)]
+Rate = Annotated[float, Number, Field(ge=0)]
+Positive = Annotated[float, Number, Field(gt=0)]
+DecayFactor = Annotated[float, Number, Field(ge=1)]
+GroupSize = Annotated[int, Number, AfterValidator(_group_size)]
+Source = Annotated[Name, AfterValidator(_source)]
+Text = Annotated[Name, AfterValidator(_text)]
+Folder = Annotated[Name, AfterValidator(_folder)]
+DataFolder = Annotated[Name, AfterValidator(_data_folder)]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, values never change, docstrings are descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
