@@ -68,5 +68,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the development tools into $(VENV)" >&2
-	@$(INSTALL) -e '.[dev,eval,gguf,gptq]' >&2
+	@$(INSTALL) -e '.[dev,eval,gguf,gptq,runtimes]' >&2
 	@touch $@

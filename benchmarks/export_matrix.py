@@ -1,117 +1,223 @@
-"""Every export format at the bits of the given packed checkpoints: size, who loaded it, what differs, perplexity.
+"""The proof of `qat export`: every format of the given packed checkpoints, loaded where it is served, and damaged.
 
-    python benchmarks/export_matrix.py TEXT.txt PACKED_DIR... [--formats gptq,gguf] [--json rows.json]
+    python benchmarks/export_matrix.py TEXT PACKED_DIR... [--formats gptq,gguf] [--windows 4] [--out FOLDER]
 
-Perplexity is measured over the same windows of 256 tokens for the checkpoint itself (transformers, fp32) and for GGUF
-in llama.cpp. Install what should be compared: `pip install 'qatcli[gptq,gguf]' compressed-tensors xllamacpp`.
+Prints two Markdown tables. One row per checkpoint, format and runtime: file size, bits per weight, integers equal to
+the checkpoint's or not, largest logit difference, perplexity as that runtime computes it, and the text it writes. Then
+one row per checkpoint and format: which injected faults verification caught. `--out` also writes them as
+export_matrix.md, .csv and .json. Every runtime has a process of its own; one that crashes is a row that says so.
+Exit code 1 when anything differs or a fault is missed.
+Install what should load the exports: `pip install 'qatcli[gptq,gguf,runtimes]'`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import contextlib
+import csv
 import json
+import platform
+import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from export_faults import FAULTS, injected, tensor_places
 from numpy.typing import NDArray
 
 from qatcli.errors import QatError
 from qatcli.formats import FORMATS, ExportOptions
+from qatcli.formats.gguf_compare import gguf_name
+from qatcli.formats.gguf_readback import open_gguf
 from qatcli.formats.gguf_tokenizer import load_tokenizer
-from qatcli.formats.runtimes.reference import dense_model, logits
+from qatcli.formats.runtimes import obstacle, run
+from qatcli.formats.runtimes.child import PROMPT, TOKENS
+from qatcli.formats.runtimes.reference import Reference, dense_model, logits, perplexity, reference
 from qatcli.packed import PackedCheckpoint
 
-WINDOW, WINDOWS = 256, 4
-PROMPT = "The capital of France is"
-Logits = Callable[[list[int]], NDArray[np.float32]]
 COLUMNS = (
-    "bits",
-    "format",
-    "MB",
-    "bits/weight",
-    "integers equal",
-    "largest logit difference",
-    "perplexity",
-    "verified by",
+    *("bits", "format", "file MB", "bits/weight", "integers equal", "loaded by"),
+    *("largest logit difference", "tolerance", "perplexity", "text", "remarks"),
 )
+FAULT_COLUMNS = ("bits", "format", *FAULTS)
+INTEGERS = ExportOptions(runtimes=False, awq_promote=True)
+LIBRARIES = ("torch", "transformers", "gptqmodel", "optimum", "compressed-tensors", "gguf", "xllamacpp")
+Row = dict[str, Any]
 
 
-def main() -> None:
-    """Export, verify and print one row per checkpoint and format."""
+def main() -> int:
+    """Measure, print and write; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", type=Path)
-    parser.add_argument("packed", type=Path, nargs="+")
+    parser.add_argument("text", type=Path, help="UTF-8 text whose perplexity is computed")
+    parser.add_argument("packed", type=Path, nargs="+", help="directories that `qat pack` wrote")
     parser.add_argument("--formats", default=",".join(FORMATS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--windows", type=int, default=4, help="windows of text (default 4)")
+    parser.add_argument("--context", type=int, default=256, help="tokens per window (default 256)")
+    parser.add_argument("--no-faults", action="store_true", help="leave the injected faults out")
+    parser.add_argument("--out", type=Path, help="folder for export_matrix.md, .csv and .json")
     arguments = parser.parse_args()
-    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
-    rows = []
+    sheet = Sheet(conditions(arguments), arguments.out, with_faults=not arguments.no_faults)
     for path in arguments.packed:
         checkpoint = PackedCheckpoint.open(path)
-        ids = load_tokenizer(path)(arguments.text.read_text(encoding="utf-8")[:20_000])["input_ids"]
-        reference = reference_perplexity(checkpoint, ids)
-        print(f"| {bits_of(checkpoint)} | (checkpoint) | | | | | {reference:.4f} | transformers, fp32 |", flush=True)
+        ids = load_tokenizer(path)(arguments.text.read_text(encoding="utf-8")[:200_000])["input_ids"]
+        windows = np.array(ids[: arguments.windows * arguments.context]).reshape(-1, arguments.context)
+        expected = reference(checkpoint)
+        sheet.add(baseline(checkpoint, windows))
         for name in arguments.formats.split(","):
-            rows.append(row := measure(checkpoint, name, ids))
-            print("| " + " | ".join(str(row.get(column, "")) for column in COLUMNS) + " |", flush=True)
-            if arguments.json:
-                arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            measure(sheet, checkpoint, name, windows, expected)
+    sheet.print_faults()
+    return int(sheet.failed)
 
 
-def measure(checkpoint: PackedCheckpoint, name: str, ids: list[int]) -> dict[str, Any]:
-    """One row of the table; the refusal instead where the format does not carry this checkpoint."""
-    row: dict[str, Any] = {"bits": bits_of(checkpoint), "format": name}
-    options = ExportOptions(awq_promote=True)
-    started = time.monotonic()
+class Sheet:
+    """The rows so far: printed when they are added, and written to --out, so that a run cut short leaves them."""
+
+    def __init__(self, conditions: str, out: Path | None, *, with_faults: bool) -> None:
+        self.rows: list[Row] = []
+        self.faults: list[Row] = []
+        self.with_faults = with_faults
+        self._out = out
+        self._conditions = conditions
+        print(f"{self._conditions}\n\n{heading(COLUMNS)}", flush=True)
+
+    def add(self, row: Row) -> None:
+        """One row of the first table."""
+        self.rows.append(row)
+        print(line(row, COLUMNS), flush=True)
+        self._write()
+
+    def add_faults(self, row: Row) -> None:
+        """One row of the second table; it is printed at the end."""
+        self.faults.append(row)
+        self._write()
+
+    def print_faults(self) -> None:
+        """The second table."""
+        if self.faults:
+            print("\n" + "\n".join([heading(FAULT_COLUMNS), *(line(row, FAULT_COLUMNS) for row in self.faults)]))
+
+    @property
+    def failed(self) -> bool:
+        """Whether integers differ, a runtime failed, or a fault was missed."""
+        wrong = any(row.get("integers equal") == "NO" or "FAILED" in row.get("loaded by", "") for row in self.rows)
+        return wrong or any(row[fault] == "MISSED" for row in self.faults for fault in FAULTS)
+
+    def _write(self) -> None:
+        if self._out is None:
+            return
+        self._out.mkdir(parents=True, exist_ok=True)
+        first = [heading(COLUMNS), *(line(row, COLUMNS) for row in self.rows)]
+        second = [heading(FAULT_COLUMNS), *(line(row, FAULT_COLUMNS) for row in self.faults)]
+        text = [self._conditions, "", *first, *(["", "Injected faults:", "", *second] if self.faults else []), ""]
+        (self._out / "export_matrix.md").write_text("\n".join(text), encoding="utf-8")
+        content = {"conditions": self._conditions, "exports": self.rows, "faults": self.faults}
+        (self._out / "export_matrix.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with open(self._out / "export_matrix.csv", "w", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, COLUMNS, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def baseline(checkpoint: PackedCheckpoint, windows: NDArray[np.int64]) -> Row:
+    """The row of the checkpoint itself, computed by plain torch from the canonical integers."""
+    model = dense_model(checkpoint)
+    found = perplexity(lambda ids: logits(model, np.array([ids]))[0], windows)
+    return {
+        "bits": bits_of(checkpoint),
+        "format": "(checkpoint)",
+        "loaded by": "torch, fp32",
+        "perplexity": f"{found:.4f}",
+    }
+
+
+def measure(
+    sheet: Sheet, checkpoint: PackedCheckpoint, name: str, windows: NDArray[np.int64], expected: Reference
+) -> None:
+    """Write one format, compare its integers, load it in each of its runtimes."""
+    row: Row = {"bits": bits_of(checkpoint), "format": name}
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "out")
         try:
-            FORMATS[name].write(checkpoint, out, options)
+            FORMATS[name].write(checkpoint, out, INTEGERS)
         except QatError as error:
-            return {**row, "verified by": f"refused: {error.message}"}
+            sheet.add({**row, "remarks": f"refused: {error.message}"})
+            return
+        found = FORMATS[name].verify(checkpoint, out, INTEGERS)
         size = sum(file.stat().st_size for file in [*out.glob("*.safetensors"), *out.glob("*.gguf")])
-        written = time.monotonic() - started
-        verification = FORMATS[name].verify(checkpoint, out, options)
         row |= {
-            "MB": round(size / 1e6, 1),
-            "bits/weight": round(size * 8 / weights_of(checkpoint), 2),
-            "integers equal": verification.codes_equal and verification.zero_points_equal and verification.scales_equal,
-            "largest logit difference": verification.max_logit_difference,
-            "tolerance": verification.logit_tolerance,
-            "verified by": "; ".join([verification.verifier, *verification.differences]),
-            "notes": verification.notes,
-            "seconds to write": round(written, 1),
+            "file MB": f"{size / 1e6:.1f}",
+            "bits/weight": f"{bits_per_weight(checkpoint, out):.3f}",
+            "integers equal": "yes" if found.passed else "NO",
         }
-        if name == "gguf" and importlib.util.find_spec("xllamacpp"):
-            from qatcli.formats.runtimes.llama_cpp import LlamaCpp
+        remarks = (*found.notes, *found.differences[:3])
+        for runtime in FORMATS[name].runtimes:
+            report = load(runtime, checkpoint, out, windows, expected)
+            sheet.add({**row, **report, "remarks": "; ".join([*remarks, *report["remarks"]])})
+            remarks = ()
+        if not FORMATS[name].runtimes:
+            sheet.add({**row, "loaded by": "no runtime without CUDA", "remarks": "; ".join(remarks)})
+        if sheet.with_faults:
+            sheet.add_faults({**row, **{fault: outcome(fault, checkpoint, out, name) for fault in FAULTS}})
 
-            with LlamaCpp(next(out.glob("*.gguf"))) as model:
-                row["perplexity"] = round(perplexity(model.logits, ids), 4)
-                row["text"] = model.generate(PROMPT, 12)
+
+def load(runtime: str, checkpoint: PackedCheckpoint, out: Path, windows: NDArray[np.int64], expected: Reference) -> Row:
+    """What one runtime made of the export."""
+    why_not = obstacle(runtime, checkpoint, out)
+    if why_not:
+        return {"loaded by": f"not loaded: {why_not}", "remarks": []}
+    report = run(runtime, checkpoint, out, expected, windows=windows)
+    row: Row = {
+        "loaded by": f"FAILED: {report.runtime}" if report.differences else report.runtime,
+        "remarks": [*report.differences[:3], *report.notes],
+    }
+    if report.max_logit_difference is not None:
+        row |= {
+            "largest logit difference": f"{report.max_logit_difference:.4f}",
+            "tolerance": f"{report.logit_tolerance:.4f}",
+        }
+    if report.perplexity is not None:
+        row |= {"perplexity": f"{report.perplexity:.4f}", "text": report.text}
     return row
 
 
-def reference_perplexity(checkpoint: PackedCheckpoint, ids: list[int]) -> float:
-    """Perplexity of the checkpoint itself."""
-    model = dense_model(checkpoint)
-    return perplexity(lambda window: logits(model, np.array([window]))[0], ids)
+def outcome(fault: str, checkpoint: PackedCheckpoint, out: Path, name: str) -> str:
+    """Whether verification, integers only, notices the fault."""
+    try:
+        with injected(fault, checkpoint, out, name) as linear:
+            found = FORMATS[name].verify(checkpoint, out, INTEGERS)
+    except ValueError as error:
+        return f"none: {error}"
+    return "caught" if any(linear in difference for difference in found.differences) else "MISSED"
 
 
-def perplexity(logits_of: Logits, ids: list[int]) -> float:
-    """Perplexity over WINDOWS windows of WINDOW tokens that do not overlap."""
-    losses = []
-    for start in range(0, WINDOW * WINDOWS, WINDOW):
-        window = ids[start : start + WINDOW]
-        scores = logits_of(window)[:-1].astype(np.float64)
-        scores -= scores.max(axis=-1, keepdims=True)
-        chosen = scores[np.arange(len(scores)), window[1:]] - np.log(np.exp(scores).sum(axis=-1))
-        losses.append(-chosen.mean())
-    return float(np.exp(np.mean(losses)))
+def conditions(arguments: argparse.Namespace) -> str:
+    """What the figures depend on, in one paragraph."""
+    found = []
+    for library in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{library} {version(library)}")
+    return (
+        f"Perplexity: {arguments.text.name}, the first {arguments.windows} windows of {arguments.context} tokens that "
+        f"do not overlap. Text: {TOKENS} greedy tokens after {PROMPT!r}. bits/weight: codes, scales and zero points of "
+        f"the quantized linears as stored, over their weights. Tolerance: docs/export-formats.md. "
+        f"CPU ({platform.machine()}), Python {platform.python_version()}, {', '.join(found)}."
+    )
+
+
+def bits_per_weight(checkpoint: PackedCheckpoint, out: Path) -> float:
+    """Stored bits of the quantized linears over their weights; biases are left out."""
+    quantized = sum(quant.in_features * quant.out_features for quant in checkpoint.modules.values())
+    if list(out.glob("*.gguf")):
+        tensors = open_gguf(next(out.glob("*.gguf"))).tensors
+        return (
+            8 * sum(tensors[gguf_name(checkpoint, name + ".weight")].bytes for name in checkpoint.modules) / quantized
+        )
+    linears = set(checkpoint.modules)
+    sizes = {name: entry.bytes for name, entry in tensor_places(out).items() if not name.endswith(".bias")}
+    return 8 * sum(size for name, size in sizes.items() if name.rpartition(".")[0] in linears) / quantized
 
 
 def bits_of(checkpoint: PackedCheckpoint) -> str:
@@ -119,11 +225,16 @@ def bits_of(checkpoint: PackedCheckpoint) -> str:
     return "/".join(map(str, sorted({quant.bits for quant in checkpoint.modules.values()})))
 
 
-def weights_of(checkpoint: PackedCheckpoint) -> int:
-    """How many weights the model has, all tensors counted once."""
-    dense = sum(checkpoint.tensor(name).numel() for name in checkpoint.dense_names())
-    return dense + sum(quant.in_features * quant.out_features for quant in checkpoint.modules.values())
+def heading(columns: Sequence[str]) -> str:
+    """The first two lines of a Markdown table."""
+    return "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
+
+
+def line(row: Row, columns: Sequence[str]) -> str:
+    """One line of a Markdown table."""
+    cells = (str(row.get(column, "")).replace("|", "\\|").replace("\n", "\\n") for column in columns)
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

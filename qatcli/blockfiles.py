@@ -6,12 +6,16 @@ configuration, and nothing is rewritten.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qatcli.directory import LOG_FILE
 from qatcli.linear import replace_modules
 from qatcli.models.blocks import BlockModel
 from qatcli.packed import (
@@ -45,6 +49,23 @@ def save_block(directory: Path, index: int, linears: dict[str, QuantizedLinear],
         packed = pack_linear(name, linear)
         tensors.update({key: value.cpu() for key, value in packed.items()})
     save_tensors(block_file(directory, index), tensors)
+
+
+def finished_blocks(directory: Path) -> dict[int, dict[str, Any]]:
+    """Index -> `block` event of every block that is in the log and on disk: what a resumed stage keeps.
+
+    A block's event is logged before its file appears. A crash of the machine may keep either without the other; such
+    a block is made again.
+    """
+    log = directory / LOG_FILE
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    found: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError):  # half a line, where a disk was full
+            event = json.loads(line)
+            if event["event"] == "block" and block_file(directory, event["index"]).is_file():
+                found[event["index"]] = event
+    return found
 
 
 def block_quants(model: BlockModel, index: int, quant: QuantSection) -> dict[str, ModuleQuant]:

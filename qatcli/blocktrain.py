@@ -178,6 +178,8 @@ def train_block(
             stepper.backward(loss)
             if stepper.finish(loss_finite=bool(torch.isfinite(loss))):
                 total += loss.detach()
+            rate, tokens = stepper.optimizer.param_groups[0]["lr"], inputs[..., 0].numel()
+            progress(f"loss {float(loss):.4g}", part=step / schedule.steps, lr=rate, tokens=tokens)
             result.backoffs = stepper.backoffs
             if stepper.exhausted:
                 result.after = stepper.best_loss

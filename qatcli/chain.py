@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from qatcli import report
 from qatcli.directory import StageDirectory, open_stage
+from qatcli.errors import InputError, UsageError
+from qatcli.evaluation.options import ModelOptions, is_recipe, section
+from qatcli.expectations import check
 from qatcli.recipe import Recipe, load_recipe, recipe_name
 from qatcli.runlog import RunLog, duration
-from qatcli.stages import run_stage
+from qatcli.stages import choose_device, run_stage
 
 CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")
 
@@ -32,10 +35,12 @@ def run_one(
     """Run one stage; {stage, path, seconds, metrics}."""
     recipe, run_dir, log = _begin(recipe_file, overrides, run_dir, verbosity)
     done = run_stage(stage, recipe, run_dir, source=source, restart=restart, device=device, log=log)
-    if stage == "eval":
-        _print_table(log, done.facts["metrics"])
     facts = done.facts
-    return {"stage": stage, "path": str(done.path), "seconds": facts["seconds"], "metrics": facts["metrics"]}
+    result = {"stage": stage, "path": str(done.path), "seconds": facts["seconds"], "metrics": facts["metrics"]}
+    if stage == "eval":
+        _print_tables(log, facts["metrics"])
+        result["expectations"] = _expectations(log, recipe, facts["metrics"])
+    return result
 
 
 def run_exports(
@@ -70,6 +75,41 @@ def run_exports(
     return results
 
 
+def run_eval(
+    targets: Sequence[str],
+    overrides: Sequence[str],
+    options: ModelOptions,
+    *,
+    run_dir: Path | None,
+    source: Path | None,
+    restart: bool,
+    device: str | None,
+    verbosity: int,
+) -> dict[str, Any]:
+    """The eval stage of a recipe, or models of any kind side by side: {stage, models, protocol, ...}.
+
+    UsageError for options of the one that are given with the other.
+    """
+    if any(is_recipe(target) for target in targets):
+        if len(targets) > 1:
+            raise UsageError("a recipe is evaluated by itself", hint="name its run's stage directories beside models")
+        if options.given():
+            hint = "a recipe says what is measured: use its section `eval`, or --set eval.KEY=VALUE"
+            raise UsageError(f"{options.given()[0]} is for models", hint=hint)
+        settings: dict[str, Any] = {"run_dir": run_dir, "source": source, "restart": restart, "device": device}
+        return run_one("eval", Path(targets[0]), overrides, **settings, verbosity=verbosity)
+    if overrides or run_dir or source or restart:
+        raise UsageError("--run, --from, --set and --restart are for a recipe", hint="name a recipe, or leave them out")
+    config = section(options)
+    _quiet_libraries()
+    from qatcli.evaluation.compare import compare
+
+    log = RunLog(verbosity=verbosity)
+    metrics = compare(targets, config, against=options.against, device=choose_device(device), log=log)
+    _print_tables(log, metrics)
+    return {"stage": "eval", **metrics}
+
+
 def run_all(
     recipe_file: Path,
     overrides: Sequence[str],
@@ -82,11 +122,15 @@ def run_all(
     """Run the chain and summarize it. Perplexities are of the recipe's first evaluation text."""
     recipe, run_dir, log = _begin(recipe_file, overrides, run_dir, verbosity)
     done: dict[str, StageDirectory] = {}
-    for stage in CHAIN:
-        done[stage] = run_stage(stage, recipe, run_dir, restart=restart, device=device, log=log)
+    try:
+        for stage in CHAIN:
+            done[stage] = run_stage(stage, recipe, run_dir, restart=restart, device=device, log=log)
+            _update_report(run_dir, log, under_way=stage != CHAIN[-1])
+    except BaseException:
+        _update_report(run_dir, log)
+        raise
     metrics = done["eval"].facts["metrics"]
-    _print_table(log, metrics)
-    _print_samples(log, metrics)
+    _print_tables(log, metrics)
     text = recipe.eval.perplexity[0].name if recipe.eval.perplexity else None
     return {
         "recipe": recipe_name(recipe_file),
@@ -103,8 +147,43 @@ def run_all(
         "bits_per_parameter": metrics["size"]["bits_per_parameter"],
         "seconds": {stage: directory.facts["seconds"] for stage, directory in done.items()},
         "peak_memory": {stage: directory.facts["peak_memory"] for stage, directory in done.items()},
+        "expectations": _expectations(log, recipe, metrics),
+        "report": str(run_dir / report.HTML),
         "path": str(done["pack"].path),
     }
+
+
+def _update_report(run_dir: Path, log: RunLog, *, under_way: bool = False) -> None:
+    """Rewrite the run's page. A run is worth more than its page: what goes wrong here is a warning."""
+    try:
+        report.write_report(run_dir, under_way=under_way)
+    except InputError:
+        return  # the first stage was refused: there is nothing to report on
+    except Exception as error:
+        log.warn(f"the report was not written: {type(error).__name__}: {error}")
+
+
+def _expectations(log: RunLog, recipe: Recipe, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the recipe expects against what was measured, said and returned as data."""
+    outcomes = check(recipe.model_dump()["expect"], metrics)
+    for outcome in outcomes:
+        log.say(f"{'reached' if outcome.passed else 'MISSED'}: {outcome.sentence()}")
+    return [outcome.to_json() for outcome in outcomes]
+
+
+def run_plan(
+    recipe_file: Path, overrides: Sequence[str], *, run_dir: Path | None, device: str | None
+) -> dict[str, Any]:
+    """What the recipe will cost, and a table of it on stderr. The device need not be in this machine."""
+    recipe, run_dir, log = _begin(recipe_file, overrides, run_dir, 0)
+    import torch
+
+    from qatcli.plan.report import make_plan, render
+
+    elsewhere = (device or "").startswith("cuda") and not torch.cuda.is_available()
+    plan = make_plan(recipe, torch.device("cuda") if elsewhere else choose_device(device), run_dir)
+    log.console.print(render(plan))
+    return {"recipe": recipe_name(recipe_file), **plan}
 
 
 def describe(path: Path, *, as_json: bool) -> str:
@@ -123,52 +202,12 @@ def describe(path: Path, *, as_json: bool) -> str:
     return "\n".join(lines)
 
 
-def _print_table(log: RunLog, metrics: dict[str, Any]) -> None:
-    """Perplexity and divergence of every measured model, with the protocol as the caption."""
-    if log.verbosity < 0:
-        return
-    table = Table(title="evaluation", title_justify="left", caption=_caption(metrics), caption_justify="left")
-    table.add_column("model")
-    for text in metrics["protocol"]:
-        table.add_column(f"{text} ppl", justify="right")
-        table.add_column("KL", justify="right")
-        table.add_column("top-1", justify="right")
-    for name, result in metrics["models"].items():
-        row = [name]
-        for text in metrics["protocol"]:
-            apart = result["divergence"].get(text)
-            row.append(f"{result['perplexity'][text]:,.2f}")
-            row += [f"{apart['mean_kl']:.4f}", f"{apart['top1_agreement']:.1%}"] if apart else ["", ""]
-        table.add_row(*row)
-    log.console.print(table)
+def _print_tables(log: RunLog, metrics: dict[str, Any]) -> None:
+    from qatcli.evaluation.tables import tables
 
-
-def _caption(metrics: dict[str, Any]) -> str:
-    size = metrics["size"]
-    texts = [
-        f"{name}: {Path(p['source']).name}, {p['windows']} windows of {p['context']} tokens, {p['compute']}"
-        for name, p in metrics["protocol"].items()
-    ]
-    mib = {part: count / 2**20 for part, count in size["bytes"].items()}
-    weights = ", ".join(f"{part.replace('_', ' ')} {value:.2f} MiB" for part, value in mib.items())
-    texts.append(f"size: {weights}")
-    texts.append(
-        f"{size['bits_per_weight']} bits per quantized weight, {size['bits_per_parameter']} per parameter in all"
-    )
-    return "\n".join(texts)
-
-
-def _print_samples(log: RunLog, metrics: dict[str, Any]) -> None:
-    if log.verbosity < 0 or not metrics["prompts"]:
-        return
-    models = {name: r["samples"] for name, r in metrics["models"].items() if r.get("samples")}
-    table = Table(title="the same prompt, greedy decoding", title_justify="left", show_lines=True)
-    table.add_column("prompt", ratio=1)
-    for name in models:
-        table.add_column(name, ratio=2)
-    for index, prompt in enumerate(metrics["prompts"]):
-        table.add_row(prompt, *(samples[index].strip() for samples in models.values()))
-    log.console.print(table)
+    if log.verbosity >= 0:
+        for table in tables(metrics):
+            log.console.print(table)
 
 
 def _begin(
@@ -182,6 +221,7 @@ def _begin(
 
 def _quiet_libraries() -> None:
     """Silence the progress bars of libraries, ours says what is going on, and what torchao says when it is imported."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, by lm-eval among others
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from datasets import disable_progress_bars

@@ -10,10 +10,12 @@ import json
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -34,7 +36,6 @@ STAGE_HELP = {
     "e2e-qp": "Train the scales end to end on frozen codes.",
     "pack": "Write the dense bit-packed checkpoint that transformers loads.",
     "import": "Turn a GPTQ, AWQ or EfficientQAT checkpoint (--from) into the packed form.",
-    "eval": "Measure perplexity, divergence and size against full precision and round-to-nearest.",
 }
 
 FORMAT_NAMES = "gptq, bitblas, native, gguf, awq, compressed-tensors, dense"
@@ -71,7 +72,7 @@ def _stage_command(name: str) -> Callable[..., None]:
         quiet: QuietOption = False,
         verbose: VerboseOption = False,
     ) -> None:
-        with _reported(f"qat {name} {recipe}"):
+        with _reported(f"qat {name} {recipe}", verbose=verbose):
             from qatcli.chain import run_one
 
             result = run_one(
@@ -84,13 +85,61 @@ def _stage_command(name: str) -> Callable[..., None]:
                 device=device,
                 verbosity=_verbosity(quiet, verbose),
             )
-            typer.echo(json.dumps(result) if as_json else result["path"])
+            _print_result(result, as_json=as_json)
 
     return command
 
 
 for _name, _help in STAGE_HELP.items():
     app.command(_name, help=_help)(_stage_command(_name))
+
+
+@app.command("eval")
+def evaluate(
+    targets: Annotated[
+        list[str],
+        typer.Argument(help="A recipe, or models: directories of any format, GGUF files, hub ids.", show_default=False),
+    ],
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="FILE", help="Models: text for perplexity, or wikitext2, c4; repeatable."),
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", help="Models: tokens per window.")] = None,
+    windows: Annotated[int | None, typer.Option("--windows", help="Models: windows per text.")] = None,
+    zero_shot: Annotated[
+        str | None,
+        typer.Option("--zero-shot", metavar="TASKS", help="Models: lm-eval tasks, by commas; paper is the usual five."),
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="DIR", help="Models: local rows of the five.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Models: rows per task.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="MODEL", help="Models: full precision, to diverge from.")
+    ] = None,
+    run: RunOption = None,
+    source: FromOption = None,
+    overrides: SetOption = None,
+    restart: RestartOption = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure perplexity, divergence, zero-shot accuracy, speed and size of a recipe's result or of any models."""
+    with _reported(f"qat eval {' '.join(targets)}", verbose=verbose):
+        from qatcli.chain import run_eval
+        from qatcli.evaluation.options import ModelOptions
+
+        result = run_eval(
+            targets,
+            overrides or [],
+            ModelOptions(text or (), seq_len, windows, zero_shot, data, limit, against),
+            run_dir=run,
+            source=_given_source(source),
+            restart=restart,
+            device=device,
+            verbosity=_verbosity(quiet, verbose),
+        )
+        _print_result(result, as_json=as_json)
 
 
 @app.command("export")
@@ -113,7 +162,7 @@ def export(
     verbose: VerboseOption = False,
 ) -> None:
     """Write the formats that other runtimes serve, each read back and proven."""
-    with _reported(f"qat export {recipe}"):
+    with _reported(f"qat export {recipe}", verbose=verbose):
         from qatcli.chain import run_exports
 
         results = run_exports(
@@ -142,7 +191,7 @@ def run_chain(
     verbose: VerboseOption = False,
 ) -> None:
     """Run the whole chain, continuing wherever it stopped."""
-    with _reported(f"qat run {recipe}"):
+    with _reported(f"qat run {recipe}", verbose=verbose):
         from qatcli.chain import run_all
 
         result = run_all(
@@ -153,7 +202,39 @@ def run_chain(
             device=device,
             verbosity=_verbosity(quiet, verbose),
         )
-        typer.echo(json.dumps(result) if as_json else result["path"])
+        _print_result(result, as_json=as_json)
+
+
+@app.command("plan")
+def plan(
+    recipe: RecipeArgument,
+    run: RunOption = None,
+    overrides: SetOption = None,
+    device: DeviceOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object beside the table.")] = False,
+) -> None:
+    """Predict memory, disk and time of every stage before any of it is spent, and say what runs the result."""
+    with _reported(f"qat plan {recipe}"):
+        from qatcli.chain import run_plan
+
+        result = run_plan(recipe, overrides or [], run_dir=run, device=device)
+        if as_json:
+            typer.echo(json.dumps(result))
+
+
+@app.command("doctor")
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object beside the table.")] = False,
+) -> None:
+    """Examine this environment (devices, packages, kernels, memory, caches, disk) and say how to fix it."""
+    with _reported("qat doctor"):
+        from qatcli.doctor import examine
+
+        result = examine()
+        if as_json:
+            typer.echo(json.dumps(result))
+        if result["broken"]:
+            raise typer.Exit(1)
 
 
 @app.command("inspect")
@@ -168,6 +249,24 @@ def inspect(
         typer.echo(describe(directory, as_json=as_json))
 
 
+@app.command("report")
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    watching: Annotated[
+        bool, typer.Option("--watch", help="Write it again every few seconds until no stage is at work.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write report.html and report.json about a run, finished or not."""
+    with _reported(f"qat report {run}"):
+        from qatcli.report import HTML, INTERVAL, watch, write_report
+
+        if watching:
+            typer.echo(f"{run / HTML} is written every {INTERVAL} s until no stage is at work", err=True)
+        facts = (watch if watching else write_report)(run)
+        _print_result({**facts, "path": str(run / HTML)}, as_json=as_json)
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
@@ -178,29 +277,38 @@ def _root(
 
 
 @contextmanager
-def _reported(command: str) -> Iterator[None]:
-    """Turn failures into `error:` and `hint:` on stderr and the exit code of the contract."""
+def _reported(command: str, *, verbose: bool = False) -> Iterator[None]:
+    """Turn failures into `error:` and `hint:` on stderr and the exit code of the contract.
+
+    What nobody foresaw is one sentence too; its traceback goes to a file, and with `verbose` to stderr.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except QatError as error:
         _fail(error)
+    except typer.Exit:
+        raise
     except (KeyboardInterrupt, BrokenPipeError):
-        typer.echo(f"\ninterrupted; continue with `{command}` and the same options", err=True)
+        unless = ", but without --restart" if "--restart" in sys.argv else ""
+        typer.echo(f"\ninterrupted; continue with `{command}` and the same options{unless}", err=True)
         raise typer.Exit(130) from None
     except MemoryError as error:
         _fail(ResourceError(f"out of memory: {error}", hint=SMALLER))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES):
-            raise
+        if error.errno not in UNWRITABLE:
+            _fail(_unforeseen(error, verbose))
         place = f" ({error.filename})" if error.filename else ""
-        _fail(ResourceError(f"cannot write{place}: {os.strerror(error.errno)}", hint="choose another --run directory"))
-    except RuntimeError as error:
+        hint = "free space or choose another --run directory; the same command continues"
+        _fail(ResourceError(f"cannot write{place}: {os.strerror(error.errno)}", hint=hint))
+    except Exception as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
+            _fail(_unforeseen(error, verbose))
         _fail(ResourceError(f"out of memory: {str(error).splitlines()[0]}", hint=SMALLER))
 
 
+# What a file system says of a write; files to read are checked where they are opened.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 SMALLER = "lower batch_size or micro_batch_size, seq_len, or block_ap.cache.host_gb; the run continues where it stopped"
 
 
@@ -208,11 +316,39 @@ def _interrupt(_signal: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _fail(error: QatError) -> None:
+def _unforeseen(error: Exception, verbose: bool) -> QatError:
+    """The error for what no one foresaw."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="qat-traceback-", suffix=".txt", delete=False) as file:
+            file.write(text)
+        where = f"the traceback is in {file.name}"
+    except OSError:
+        where, verbose = "the traceback stands above", True
+    if verbose:
+        typer.echo(text, err=True)
+    reason = " ".join(str(error).split())[:500]
+    return QatError(
+        f"unforeseen {type(error).__name__}: {reason}", hint=f"{where}; please report it together with the recipe"
+    )
+
+
+def _fail(error: QatError) -> NoReturn:
     typer.echo(f"error: {error.message}", err=True)
     if error.hint:
         typer.echo(f"\nhint: {error.hint}", err=True)
     raise typer.Exit(error.exit_code)
+
+
+def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
+    """The data of a command on stdout; then the error of a result that misses what its recipe expects."""
+    from qatcli.expectations import require
+
+    if as_json:
+        typer.echo(json.dumps(result))
+    elif "path" in result:
+        typer.echo(result["path"])
+    require(result.get("expectations", []))
 
 
 def _given_source(source: str | None) -> Path | None:

@@ -1,13 +1,15 @@
 """Stage directories: what a finished stage leaves, how it is committed, and how an unfinished one is continued.
 
 `<run>/<stage>/` exists only when the stage finished: work happens in `<stage>.partial/`, which is fsynced and renamed
-once. `stage.json` says what the directory is, what it was made from and the sha256 of every file in it.
+once. `stage.json` says what the directory is, what it was made from, the sha256 of every file in it and its own.
 `<stage>.partial/resume.json` says what the unfinished work was made from, so that it is continued only by the same
-recipe on the same input. Layout: docs/run-directory.md.
+recipe on the same input. What is found here may have been put here by anyone: no link is followed out of a directory.
+Layout: docs/run-directory.md.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,14 +20,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import psutil
 
 from qatcli.errors import InputError, UsageError
+from qatcli.finite import finite
+from qatcli.inputs import file_inside, read_json
+from qatcli.interrupts import write_in_hand
 
 FORMAT_VERSION = 1
 STAGE_FILE = "stage.json"
 RESUME_FILE = "resume.json"
 LOG_FILE = "log.jsonl"
+REMAKE = "restore the file, or run the stage again with --restart"
+WRITING = ".writing"  # suffix of a file until it is whole
+FACTS = {"stage": str, "kind": str, "identity": dict, "recipe": dict, "metrics": dict, "files": dict}  # of stage.json
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,8 @@ class StageDirectory:
 
     @property
     def digest(self) -> str:
-        """Identifies the directory's contents: sha256 of stage.json, which holds the sha256 of every file."""
-        return str(self.facts.get("digest") or _sha256(self.path / STAGE_FILE))
+        """Identifies the contents and what they were made from: equal for equal bits, however often they were made."""
+        return _digest({key: self.facts[key] for key in ("kind", "identity", "files")})
 
 
 def open_stage(path: Path, *, kinds: tuple[str, ...] = ()) -> StageDirectory:
@@ -56,24 +66,21 @@ def open_stage(path: Path, *, kinds: tuple[str, ...] = ()) -> StageDirectory:
                 f"{path} is not finished", hint=f"run `qat {path.name}` again: it continues where it stopped"
             )
         raise InputError(f"{path} is not a stage directory: it has no {STAGE_FILE}")
-    try:
-        facts = json.loads((path / STAGE_FILE).read_text(encoding="utf-8"))
-        files, kind, version = dict(facts["files"]), facts["kind"], facts["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path / STAGE_FILE} is malformed: {error!r}") from error
-    if version != FORMAT_VERSION:
-        raise InputError(f"{path} has format version {version}; this qat reads {FORMAT_VERSION}")
-    if kinds and kind not in kinds:
-        raise InputError(f"{path} holds a {kind}; expected {' or '.join(kinds)}")
-    for name, expected in files.items():
-        file = path / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
-            raise InputError(f"{path} is incomplete: {name} is missing", hint="restore the file or run the stage again")
-        if _sha256(file) != expected:
-            raise InputError(
-                f"{file} is damaged: its sha256 is not the one in {STAGE_FILE}",
-                hint="restore the file, or run the stage again with --restart",
-            )
+    facts = read_json(file_inside(path, STAGE_FILE))
+    if facts.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise InputError(f"{path} has format version {facts['format_version']}; this qat reads {FORMAT_VERSION}")
+    malformed = [key for key, kind in FACTS.items() if not isinstance(facts.get(key), kind)]
+    if malformed:
+        raise InputError(f"{path / STAGE_FILE} is malformed: {', '.join(malformed)}", hint=REMAKE)
+    if facts.pop("digest", None) != _digest(facts):
+        raise InputError(f"{path / STAGE_FILE} is damaged: its content is not what was written", hint=REMAKE)
+    if kinds and facts["kind"] not in kinds:
+        raise InputError(
+            f"{path} holds a {facts['kind']}; expected {' or '.join(kinds)}", hint="give another directory with --from"
+        )
+    for name, expected in facts["files"].items():
+        if _sha256(file_inside(path, name)) != expected:
+            raise InputError(f"{path / name} is damaged: its sha256 is not the one in {STAGE_FILE}", hint=REMAKE)
     return StageDirectory(path, facts)
 
 
@@ -81,10 +88,8 @@ def foreign_checkpoint(path: Path) -> StageDirectory:
     """A checkpoint directory of another tool as a stage's input. InputError when it is not a directory."""
     if not path.is_dir():
         raise InputError(f"{path} is not a directory")
-    digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(path)} {_sha256(file)}\n".encode())
-    return StageDirectory(path, {"kind": "checkpoint", "digest": digest.hexdigest()})
+    files = {str(file.relative_to(path)): _sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    return StageDirectory(path, {"kind": "checkpoint", "identity": {}, "files": files})
 
 
 @contextmanager
@@ -94,12 +99,15 @@ def locked(path: Path) -> Iterator[None]:
     The operating system releases the lock when its holder dies, however it dies.
     """
     file = path.with_name(path.name + ".lock")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"{error.filename} is not a directory", hint="choose another --run") from None
     while True:
-        with open(file, "a+", encoding="utf-8") as handle:
+        with _open_lock(file) as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 handle.seek(0)
                 holder = handle.read().strip() or "another process"
                 raise UsageError(
@@ -117,29 +125,78 @@ def locked(path: Path) -> Iterator[None]:
             return
 
 
+def at_work(path: Path) -> bool:
+    """Whether a process works on the stage `path`; of one on another machine only its lock is known.
+
+    Reads the lock and does not try it: a reader that held it for a moment would turn a writer away.
+    """
+    try:
+        _, pid, _, host = path.with_name(path.name + ".lock").read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return False
+    return host != socket.gethostname() or psutil.pid_exists(int(pid))
+
+
+def _open_lock(file: Path) -> IO[str]:
+    """Open or create a lock file. InputError when something else stands there, such as a link to a file of the user."""
+    try:
+        return open(
+            file, "a+", encoding="utf-8", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)
+        )
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
+            raise
+        raise InputError(f"{file} is a link or a directory, not a lock file", hint="remove it") from error
+
+
+def recover(path: Path) -> None:
+    """Finish a commit that was killed between its renames: the new result is whole by then."""
+    old, partial = path.with_name(path.name + ".old"), path.with_name(path.name + ".partial")
+    if not path.exists() and old.is_dir():
+        os.rename(partial if (partial / STAGE_FILE).is_file() else old, path)
+    _discard(old)
+    (path / RESUME_FILE).unlink(missing_ok=True)
+
+
 def begin(path: Path, identity: dict[str, Any], *, restart: bool) -> Path:
     """The partial directory to work in: a new one, or that of an interrupted run with the same `identity`.
 
-    UsageError names what differs when an interrupted run had another identity.
+    InputError names what differs when an interrupted run had another identity.
     """
     partial = path.with_name(path.name + ".partial")
-    if restart and partial.exists():
-        shutil.rmtree(partial)
-    if (partial / RESUME_FILE).is_file():
-        refuse_changes(json.loads((partial / RESUME_FILE).read_text(encoding="utf-8")), identity, partial)
+    if restart or not (partial / RESUME_FILE).is_file():
+        _discard(partial)  # without resume.json it was killed before it began: nothing in it is worth keeping
+        partial.mkdir(parents=True)
+        write_json(partial / RESUME_FILE, identity)
         return partial
-    if partial.exists():  # killed before resume.json was written: nothing in it is worth keeping
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    write_json(partial / RESUME_FILE, identity)
+    for file in (partial, *partial.rglob("*")):
+        if file.is_symlink():
+            raise InputError(f"{file} is a link; an unfinished stage has none", hint="remove it, or use --restart")
+    refuse_changes(read_json(partial / RESUME_FILE), identity, partial)
+    for file in partial.rglob("*" + WRITING):
+        file.unlink()  # half of a file that the resumed stage writes again
+    _cut_torn_line(partial / LOG_FILE)
     return partial
 
 
+def _cut_torn_line(log: Path) -> None:
+    """Drop what follows the last line end: a killed process, or a full disk, can leave half an event."""
+    if log.is_file():
+        with open(log, "rb+") as handle:
+            handle.truncate(handle.read().rfind(b"\n") + 1)
+
+
+def is_begun(path: Path, identity: dict[str, Any]) -> bool:
+    """Whether an unfinished run with this `identity` can be continued."""
+    file = path.with_name(path.name + ".partial") / RESUME_FILE
+    return file.is_file() and read_json(file) == identity
+
+
 def refuse_changes(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
-    """UsageError that names every difference between what `path` was made from and what is asked now."""
+    """InputError that names every difference between what `path` was made from and what is asked now."""
     changes = [f"  {key}: was {before}, is {after}" for key, before, after in _differences(old, new)]
     if changes:
-        raise UsageError(
+        raise InputError(
             f"{path} was made from something else:\n" + "\n".join(changes),
             hint="use --restart to make it again, --run for another run directory, or put the recipe back",
         )
@@ -150,33 +207,51 @@ def commit(path: Path, partial: Path, facts: dict[str, Any]) -> StageDirectory:
     not_digested = {partial / name for name in (LOG_FILE, RESUME_FILE, STAGE_FILE)}
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file not in not_digested)
     digests = {str(file.relative_to(partial)): _sha256(file) for file in files}
-    facts = {"format_version": FORMAT_VERSION, **facts, "files": digests}
-    write_json(partial / STAGE_FILE, facts)
+    facts = json.loads(json.dumps({"format_version": FORMAT_VERSION, **facts, "files": digests}))
+    write_json(partial / STAGE_FILE, {**facts, "digest": _digest(facts)})
     for file in [*files, partial / STAGE_FILE]:
         _fsync(file)
     _fsync(partial)
-    if path.exists():  # only after --restart: the old result stays until the new one is whole
-        old = path.with_name(path.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-        os.rename(partial, path)
-        shutil.rmtree(old)
-    else:
-        os.rename(partial, path)
-    (path / RESUME_FILE).unlink()  # not earlier: hashing and syncing take long, and a kill meanwhile must lose nothing
-    _fsync(path.parent)
+    with write_in_hand():
+        _rename(partial, path)
+        (path / RESUME_FILE).unlink()  # not before: hashing and syncing take long, and a kill there must lose nothing
+        _fsync(path.parent)
     return StageDirectory(path, facts)
 
 
+def _rename(partial: Path, path: Path) -> None:
+    """Put the new result in the place of what is there, which stays until the new one is whole."""
+    if not path.exists():
+        os.rename(partial, path)
+        return
+    old = path.with_name(path.name + ".old")
+    os.rename(path, old)
+    try:
+        os.rename(partial, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    _discard(old)
+
+
+def _discard(path: Path) -> None:
+    """Remove a directory, or a link to one, if it is there."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON so that the file appears complete or not at all."""
-    temporary = file.with_name(file.name + ".writing")
-    with open(temporary, "w", encoding="utf-8") as handle:
-        json.dump(value, handle, indent=2)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
+    """Write JSON so that the file appears complete or not at all. What is not finite becomes null."""
+    temporary = file.with_name(file.name + WRITING)
+    with write_in_hand():
+        with open(temporary, "w", encoding="utf-8") as handle:
+            json.dump(finite(value), handle, indent=2, allow_nan=False)
+            handle.write("\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
 
 
 def adopt(written: Path, out: Path) -> None:
@@ -192,6 +267,11 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, 
             yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
     elif old != new:
         yield key, old, new
+
+
+def _digest(value: Any) -> str:
+    """sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

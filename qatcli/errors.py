@@ -4,12 +4,12 @@ QatError                 1  something failed while running
  +- RecipeError          2  the recipe is wrong
  +- UsageError           2  the command line is wrong
  +- InputError           3  an input is missing, corrupt or of the wrong kind
- +- VerificationError    4  a written artifact does not match what it was made from
+ +- VerificationError    4  an artifact does not match what it was made from, or a result what its recipe expects
  +- DivergedError        5  training became non-finite beyond recovery
  +- ResourceError        6  not enough memory or disk
 
 The number is the exit code of the command. A message names what, where and the valid choices; a hint names
-the next command or edit. Anything that is not a QatError is a bug of ours and keeps its traceback.
+the next command or edit. Anything that is not a QatError is a bug of ours: the command line saves its traceback to a file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class InputError(QatError):
 
 
 class VerificationError(QatError):
-    """A written artifact differs from its source."""
+    """A written artifact differs from its source, or a result misses the figures that its recipe expects."""
 
     exit_code = 4
 

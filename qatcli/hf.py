@@ -16,8 +16,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qatcli.errors import InputError
 from qatcli.linear import PackedLinear, replace_modules
+from qatcli.models.source import refused
 from qatcli.packed import FORMAT_VERSION, QUANT_METHOD, ModuleQuant, PackedCheckpoint
 
 
@@ -86,8 +86,8 @@ def load_packed(path: Path, *, dtype: torch.dtype | str, device: torch.device, t
     InputError when the checkpoint is not complete or its architecture is unknown to transformers.
     """
     PackedCheckpoint.open(path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise InputError(f"{path}: transformers cannot load it: {error}") from error
+    with refused(f"{path}: transformers cannot load it"):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
     return model.to(device).eval()

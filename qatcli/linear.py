@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat_kernels import fake_quant, quantize, quantized_matmul
+from qat_kernels import dequantize, fake_quant, quantize, quantized_matmul
 from qatcli.packed import ModuleQuant, QuantizedLinear, unpack_zero_point
 
 
@@ -107,6 +107,28 @@ def replace_modules(root: nn.Module, names: list[str], build: Callable[[str, nn.
     for name in names:
         parent, _, leaf = name.rpartition(".")
         setattr(root.get_submodule(parent), leaf, build(name, cast(nn.Linear, root.get_submodule(name))))
+
+
+@torch.no_grad()
+def dense_linears(root: nn.Module, dtype: torch.dtype) -> None:
+    """Put a plain linear with the dequantized weight in `dtype` in the place of every packed one."""
+    packed = [(name, module) for name, module in root.named_modules() if isinstance(module, PackedLinear)]
+    for name, module in packed:
+        parent, _, leaf = name.rpartition(".")
+        quant = module.quant
+        weight = dequantize(
+            module.weight_packed,
+            module.weight_scale,
+            module.zero_point,
+            bits=quant.bits,
+            group_size=quant.group_size,
+            in_features=quant.in_features,
+            dtype=dtype,
+        )
+        linear = nn.Linear(quant.in_features, quant.out_features, bias=module.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = module.bias
+        setattr(root.get_submodule(parent), leaf, linear)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

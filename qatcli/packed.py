@@ -26,7 +26,8 @@ from torch import Tensor
 
 from qat_kernels import dequantize, pack, unpack
 from qatcli.errors import InputError
-from qatcli.shards import ShardWriter, shard_map
+from qatcli.inputs import file_inside, read_json
+from qatcli.shards import ShardWriter, read_header, shard_map
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "qat"
@@ -139,7 +140,10 @@ class PackedCheckpoint:
 
     @classmethod
     def open(cls, path: Path) -> PackedCheckpoint:
-        """Read config and index. InputError when `path` is not a packed checkpoint or is incomplete."""
+        """Read config, index and headers.
+
+        InputError when `path` is not a packed checkpoint, is incomplete, or holds other shapes than its config says.
+        """
         config = read_config(path)
         quantization = config.get("quantization_config")
         found = quantization.get("quant_method", "none") if isinstance(quantization, dict) else "none"
@@ -161,6 +165,7 @@ class PackedCheckpoint:
         missing = [n + s for n in modules for s in (PACKED, SCALE, ZERO_POINT) if n + s not in shards]
         if missing:
             raise InputError(f"{path} lacks {len(missing)} tensors of quantized linears, first: {missing[0]}")
+        _check_shapes(path, modules, shards)
         return cls(path, config, modules, shards)
 
     @property
@@ -231,21 +236,42 @@ def _read_quant(entry: Mapping[str, Any]) -> ModuleQuant:
     numbers = (quant.bits, quant.group_size, quant.in_features, quant.out_features)
     if not all(isinstance(number, int) for number in numbers) or quant.bits not in (2, 3, 4, 8):
         raise ValueError(f"not a quantized linear: {quant}")
+    sizes = (quant.in_features, quant.out_features)
+    if min(sizes) < 1 or not (quant.group_size == -1 or (quant.group_size > 0 and sizes[0] % quant.group_size == 0)):
+        raise ValueError(f"sizes that make no groups: {quant}")
     return quant
+
+
+def _check_shapes(path: Path, modules: Mapping[str, ModuleQuant], shards: Mapping[str, str]) -> None:
+    """InputError for the first tensor of a quantized linear that has another type or shape than config.json implies."""
+    headers = {file: read_header(path / file) for file in set(shards.values())}
+    for name, file in shards.items():
+        if name not in headers[file]:
+            raise InputError(f"{path / file} has no tensor {name}", hint="copy or make the checkpoint again")
+    for name, quant in modules.items():
+        rows, columns, groups = quant.out_features, quant.in_features, 1
+        if quant.group_size > 0:
+            groups = columns // quant.group_size
+        expected = {
+            PACKED: ([rows, -(-columns * quant.bits // 32)], ("I32",)),
+            SCALE: ([rows, groups], ("F16", "BF16", "F32")),
+            ZERO_POINT: ([-(-rows * quant.bits // 32), groups], ("I32",)),
+        }
+        for suffix, (shape, types) in expected.items():
+            entry = headers[shards[name + suffix]][name + suffix]
+            if list(entry.shape) != shape or entry.dtype not in types:
+                raise InputError(
+                    f"{path}: {name}{suffix} is {entry.dtype} {list(entry.shape)}, but config.json implies "
+                    f"{' or '.join(types)} {shape}",
+                    hint="weights and config.json are of different models; copy or make the checkpoint again",
+                )
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a model directory. InputError when it is absent or not a JSON object."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is not a model directory: it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{file} is not a JSON object")
-    return config
+    if not (path / "config.json").exists():
+        raise InputError(f"{path} is not a model directory: it has no config.json")
+    return read_json(file_inside(path, "config.json"))
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -254,8 +280,9 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def companion_files(path: Path) -> list[Path]:
-    """Tokenizer and generation files in a model directory, each once, sorted."""
-    return sorted({file for pattern in COMPANIONS for file in path.glob(pattern) if file.is_file()})
+    """Tokenizer and generation files in a model directory, each once, sorted. InputError for a link that leads out."""
+    names = {file.name for pattern in COMPANIONS for file in path.glob(pattern) if file.is_file()}
+    return [file_inside(path, name) for name in sorted(names)]
 
 
 def iter_linears(checkpoint: PackedCheckpoint) -> Iterator[tuple[str, QuantizedLinear]]:

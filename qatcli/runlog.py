@@ -1,43 +1,71 @@
 """What a stage tells its user while it runs: progress on stderr and one JSON object per event in log.jsonl.
 
-On a terminal a live line shows the unit, the latest figures and the time left; elsewhere plain lines without control
-characters. stdout is never touched: it carries data only.
+On a terminal a live view shows the unit, the latest figures and the time left; elsewhere plain lines without control
+characters. stdout is never touched: it carries data only. Events: docs/run-directory.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+from qatcli.finite import finite
+from qatcli.progress import Bar, Every, display, duration
+from qatcli.trackers import Tracker
+
+__all__ = ["RunLog", "duration"]
+
+LONGEST_VALUE = 80  # characters of a value that -v prints
 
 
 class RunLog:
     """Events of one stage. `verbosity` -1 is quiet (errors only), 0 normal, 1 verbose."""
 
-    def __init__(self, file: Path | None = None, *, verbosity: int = 0) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(
+        self,
+        file: Path | None = None,
+        *,
+        verbosity: int = 0,
+        console: Console | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.verbosity = verbosity
         self._file = file
+        self._trackers = trackers
 
-    def to_file(self, file: Path) -> RunLog:
-        """The same log, with events appended to `file`."""
-        return RunLog(file, verbosity=self.verbosity)
+    @contextmanager
+    def stage(self, file: Path, trackers: Sequence[Tracker] = ()) -> Iterator[RunLog]:
+        """The log of one stage: events are appended to `file` and go to the trackers.
+
+        A stage that does not reach its end leaves a last event that says why.
+        """
+        log = RunLog(file, verbosity=self.verbosity, console=self.console, trackers=trackers)
+        try:
+            yield log
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # a full disk must not hide the error it caused
+                log.event("stopped", error=f"{type(error).__name__}: {error}".removesuffix(": "))
+            raise
+        finally:
+            for tracker in trackers:
+                tracker.finish()
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event to log.jsonl; with -v also print it."""
         if self._file is not None:
             record = {"time": round(time.time(), 3), "event": kind, **fields}
             with open(self._file, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(record) + "\n")
+                handle.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        for tracker in self._trackers:
+            tracker.event(kind, fields)
         if self.verbosity > 0:
             self.console.print(f"{kind}: " + " ".join(f"{k}={_short(v)}" for k, v in fields.items()), markup=False)
 
@@ -53,66 +81,22 @@ class RunLog:
             self.console.print(f"warning: {text}", markup=False)
 
     @contextmanager
-    def progress(self, title: str, total: int, *, done: int = 0) -> Iterator[_Bar]:
+    def progress(self, title: str, total: int, *, done: int = 0) -> Iterator[Bar]:
         """A progress bar of `total` units, `done` of which were finished by an earlier run."""
-        if self.verbosity >= 0 and self.console.is_terminal and sys.stderr.isatty():
-            with Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                TextColumn("{task.fields[detail]}", markup=False),
-                console=self.console,
-            ) as live:
-                task = live.add_task(title, total=total, completed=done, detail="")
-                yield _Bar(total, done, lambda n, detail: live.update(task, completed=n, detail=detail))
-        else:
-            yield _Bar(total, done, self._plain_printer(title, total, done))
+        with display(self.console, quiet=self.verbosity < 0) as show:
+            due = Every()
 
-    def _plain_printer(self, title: str, total: int, done: int) -> Any:
-        start = time.monotonic()
-        last = 0.0
+            def update(bar: Bar) -> None:
+                show(bar)
+                if due():
+                    self.event("progress", **bar.record())
 
-        def show(count: int, detail: str) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if self.verbosity < 0 or (count < total and now - last < PLAIN_INTERVAL):
-                return
-            last = now
-            finished = count - done
-            left = (now - start) / finished * (total - count) if finished > 0 else None
-            eta = "" if left is None or count >= total else f" eta {duration(left)}"
-            self.console.print(f"{title} {count}/{total}{eta} {detail}".rstrip(), markup=False)
-
-        return show
-
-
-class _Bar:
-    """Counts finished units."""
-
-    def __init__(self, total: int, done: int, show: Any) -> None:
-        self.total = total
-        self.count = done
-        self._show = show
-
-    def advance(self, units: int = 1, detail: str = "") -> None:
-        """Mark units finished; `detail` holds the latest figures."""
-        self.count += units
-        self._show(self.count, detail)
-
-    def note(self, detail: str) -> None:
-        """Show figures without finishing a unit."""
-        self._show(self.count, detail)
-
-
-def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+            bar = Bar(title, total, done, update)
+            due()
+            self.event("progress", **bar.record())
+            yield bar
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."

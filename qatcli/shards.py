@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qatcli.errors import InputError, ResourceError
+from qatcli.inputs import file_inside, read_json
+from qatcli.interrupts import write_in_hand
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -20,21 +24,29 @@ SINGLE = "model.safetensors"
 class ShardWriter:
     """Collects tensors and writes a shard whenever `max_shard_bytes` is reached.
 
-    Nothing carries its final name before `close`, so a reader never mistakes a part for the whole.
+    Nothing carries its final name before `close`, so a reader never mistakes a part for the whole. With `resume`, the
+    shards that a killed writer of the same tensors in the same order finished are kept; their tensors are `kept`.
     """
 
-    def __init__(self, path: Path, *, max_shard_bytes: float = 5e9) -> None:
+    def __init__(self, path: Path, *, max_shard_bytes: float = 5e9, resume: bool = False) -> None:
+        self.kept: frozenset[str] = frozenset()
         self._path = path
         self._max_bytes = max_shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._bytes = 0
+        self._added: set[str] = set()
         self._written: list[tuple[Path, list[str], int]] = []
         path.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self._keep_finished()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Queue one tensor; the same name twice is a bug and raises ValueError."""
-        if name in self._pending or any(name in names for _, names, _ in self._written):
+        """Queue one tensor, unless it is kept; the same name twice is a bug and raises ValueError."""
+        if name in self._added:
             raise ValueError(f"tensor {name} was added twice")
+        self._added.add(name)
+        if name in self.kept:
+            return
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._bytes + size > self._max_bytes:
             self._flush()
@@ -53,10 +65,22 @@ class ShardWriter:
         if count > 1:
             write_index(self._path, weight_map, sum(size for _, _, size in self._written))
 
+    def _keep_finished(self) -> None:
+        """The shards of a killed writer, up to the first that is not there."""
+        for file in map(self._temporary, itertools.count()):
+            if not file.is_file():
+                break
+            entries = read_header(file)
+            self._written.append((file, list(entries), sum(entry.bytes for entry in entries.values())))
+            self.kept |= entries.keys()
+
+    def _temporary(self, number: int) -> Path:
+        return self._path / f"shard-{number}.tmp"
+
     def _flush(self) -> None:
         if not self._pending:
             return
-        temporary = self._path / f"shard-{len(self._written)}.tmp"
+        temporary = self._temporary(len(self._written))
         save_tensors(temporary, self._pending)
         self._written.append((temporary, list(self._pending), self._bytes))
         self._pending, self._bytes = {}, 0
@@ -65,13 +89,15 @@ class ShardWriter:
 def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write one safetensors file so that it appears complete or not at all. ResourceError when it cannot be written."""
     temporary = file.with_name(file.name + ".writing")
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    except SafetensorError as error:  # what it makes of every OSError, a full disk first of all
-        raise ResourceError(f"cannot write {file}: {error}", hint="free disk space, or choose another --run") from error
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
+    with write_in_hand():
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # what it makes of every OSError, a full disk first of all
+            hint = "free disk space, or choose another --run; the same command continues"
+            raise ResourceError(f"cannot write {file}: {error}", hint=hint) from error
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
@@ -94,9 +120,9 @@ def index_shards(path: Path, files: Iterable[Path]) -> None:
     weight_map: dict[str, str] = {}
     total = 0
     for file in files:
-        for name, tensor in load_tensors(file).items():
+        for name, entry in read_header(file).items():
             weight_map[name] = file.name
-            total += tensor.numel() * tensor.element_size()
+            total += entry.bytes
     write_index(path, weight_map, total)
 
 
@@ -109,24 +135,46 @@ def shard_map(path: Path) -> dict[str, str]:
     if not index.is_file():
         if not (path / SINGLE).is_file():
             raise InputError(f"{path} has neither {INDEX} nor {SINGLE}", hint="only safetensors checkpoints are read")
-        return dict.fromkeys(tensor_names(path / SINGLE), SINGLE)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = set(weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is malformed: {error!r}") from error
-    for name in files:
-        if not isinstance(name, str) or Path(name).name != name:
+        return dict.fromkeys(sorted(read_header(file_inside(path, SINGLE))), SINGLE)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index} is malformed: weight_map does not say which file holds which tensor")
+    for name in set(weight_map.values()):
+        if Path(name).name != name:
             raise InputError(f"{index} points outside its directory: {name!r}")
-        if not (path / name).is_file():
-            raise InputError(f"{path} is incomplete: {name} is missing", hint="copy or make the checkpoint again")
-    return dict(weight_map)
+        file_inside(path, name)
+    return weight_map
 
 
-def tensor_names(file: Path) -> list[str]:
-    """Names in one safetensors file. InputError when it is damaged."""
+@dataclass(frozen=True)
+class TensorEntry:
+    """What a safetensors header says of one tensor: type ("F16"), shape, and first and last + 1 byte in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.begin
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Tensor name -> entry of one safetensors file, without its data. InputError when it is absent or damaged."""
     try:
-        with safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is not a readable safetensors file: {error}") from error
+        with safe_open(file, framework="pt"):
+            pass  # the library checks lengths, types and that the tensors fill the file without gap or overlap
+        with open(file, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{file} is not a readable safetensors file: {error}", hint="copy or make the checkpoint again"
+        ) from error
+    header.pop("__metadata__", None)
+    start = 8 + length
+    return {
+        name: TensorEntry(entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
+        for name, entry in header.items()
+    }

@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 _CACHE = tempfile.TemporaryDirectory(prefix="qat-tests-")
 os.environ["HF_HOME"] = _CACHE.name
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])  # processes that tests start

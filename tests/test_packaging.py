@@ -68,6 +68,8 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     packed = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     wanted = [path.relative_to(ROOT) for path in (ROOT / "qatcli").rglob("*.py")]
     package = ROOT / "kernels" / "qat_kernels"
+    report = ROOT / "qatcli" / "report"
+    wanted += [path.relative_to(ROOT) for path in [*report.glob("*.css"), *report.glob("*.jinja")]]
     wanted += [path.relative_to(package.parent) for path in [*package.rglob("*.py"), *package.glob("configs/*.json")]]
     assert sorted(packed) == sorted(map(Path.as_posix, wanted))
     assert {"qatcli/__main__.py", "qatcli/stages/__init__.py", "qat_kernels/reference.py"} <= set(packed)

@@ -71,7 +71,7 @@ def test_run_reports_every_figure(finished_run: tuple[Path, dict]) -> None:
     [
         ("calibrate", QUANTIZED_FILES | {"windows.safetensors", "data.json", "layer-errors.json"}),
         ("block-ap", QUANTIZED_FILES),
-        ("e2e-qp", QUANTIZED_FILES | {"windows.safetensors"}),
+        ("e2e-qp", QUANTIZED_FILES | {"windows.safetensors", "data.json"}),
         (
             "pack",
             {"config.json", "generation_config.json", "log.jsonl", "model.safetensors", "stage.json", "tokenizer.json"}
@@ -83,6 +83,31 @@ def test_run_reports_every_figure(finished_run: tuple[Path, dict]) -> None:
 def test_stage_directory_holds_exactly_its_files(finished_run: tuple[Path, dict], stage: str, files: set[str]) -> None:
     run, _ = finished_run
     assert {str(file.relative_to(run / stage)) for file in (run / stage).rglob("*") if file.is_file()} == files
+
+
+def test_run_leaves_its_report(finished_run: tuple[Path, dict]) -> None:
+    run, result = finished_run
+    assert result["report"] == str(run / "report.html")
+    facts = json.loads((run / "report.json").read_text())
+    assert facts["run"]["status"] == "finished"
+    assert [stage["status"] for stage in facts["stages"]] == ["finished"] * 5
+    assert len(facts["blocks"]) == 3
+    assert all({"relative_error", "before", "after", "seconds"} <= set(block) for block in facts["blocks"])
+    assert len(facts["layers"]) == 21
+    assert len(facts["e2e_qp"]["train"]) == 16
+    page = (run / "report.html").read_text()
+    assert page.count("<svg") > 5
+    assert 'http-equiv="refresh"' not in page
+
+
+def test_a_figure_that_is_expected_and_missed(smoke_env: dict[str, str], finished_run: tuple[Path, dict]) -> None:
+    run, _ = finished_run
+    reached = qat("eval", RECIPE, "--run", run, "--set", "expect={tiny: {value: 1000}}", env=smoke_env)
+    assert reached.returncode == 0, reached.stderr
+    missed = qat("eval", RECIPE, "--run", run, "--set", "expect={tiny: {value: 1.0, tolerance: 0.1}}", env=smoke_env)
+    assert missed.returncode == 4
+    assert missed.stdout == reached.stdout == f"{run}/eval\n"
+    assert "error: the recipe expects more: tiny is " in missed.stderr
 
 
 def test_codes_survive_training_of_scales(finished_run: tuple[Path, dict]) -> None:
@@ -160,7 +185,7 @@ def test_other_settings_are_refused_by_name(smoke_env: dict[str, str], finished_
     run, _ = finished_run
     before = _digests(run / "block-ap")
     refused = qat("block-ap", RECIPE, "--run", run, "--set", "block_ap.epochs=1", env=smoke_env)
-    assert refused.returncode == 2
+    assert refused.returncode == 3
     assert "block_ap.epochs: was 2, is 1" in refused.stderr
     assert "--restart" in refused.stderr
     assert _digests(run / "block-ap") == before

@@ -25,13 +25,15 @@ OTHERS = {
     *(f"smollm2/w{bits}g64{variant}.yaml" for bits in (2, 3, 4) for variant in ("", "-efficientqat")),
     "llama-2-7b/w2g64-alpaca.yaml",
     "llama-3-8b/w2g64-alpaca.yaml",
+    "smollm2/w3g64-alpaca.yaml",
 }
 
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """A function that loads a recipe by name in a place where all the files that it names exist."""
-    files = ("data/calib/rp1t_c4.jsonl", "data/ppl/wiki.test.raw", "model/config.json", "tiny.jsonl")
+    files = ("data/calib/rp1t_c4.jsonl", "data/calib/alpaca_5000.json", "data/ppl/wiki.test.raw", "model/config.json")
+    files += ("tiny.jsonl",)
     demo = (".demo/SmolLM2-135M-Instruct.Q4_1.gguf", ".demo/wiki.utf8", ".demo/wiki-heldout.txt")
     for file in (*files, *demo):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

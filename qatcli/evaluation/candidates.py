@@ -13,22 +13,39 @@ from torch import nn
 from qat_kernels import quantize
 from qatcli.grid import initial_grid
 from qatcli.hf import load_packed
-from qatcli.models.source import ModelSource
+from qatcli.models.source import ModelSource, load_tokenizer
 from qatcli.packed import QuantizedLinear
 from qatcli.recipe.schema import QuantSection
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A name for tables and how to load the model."""
+    """A name for tables, how to load the model and its tokenizer, and how that was done.
+
+    path: the directory that is loaded; None for a model that exists in memory only. files: what its size on disk is
+    that of, if it is not `path` (the GGUF file that was converted). keep: keep its figures from run to run
+    (`qatcli.evaluation.cache`).
+    """
 
     name: str
     load: Callable[[], Any]
+    tokenizer: Callable[[], Any]
+    path: Path | None
+    loaded_as: str
+    files: Path | None = None
+    keep: bool = False
 
 
-def full_precision(source: ModelSource, device: torch.device) -> Candidate:
+def full_precision(source: ModelSource, device: torch.device, *, keep: bool) -> Candidate:
     """The recipe's model, in the dtype of its checkpoint."""
-    return Candidate("full_precision", lambda: source.load_model("auto", device))
+    return Candidate(
+        "full_precision",
+        lambda: source.load_model("auto", device),
+        source.tokenizer,
+        source.path,
+        "weights as stored",
+        keep=keep,
+    )
 
 
 def round_to_nearest(source: ModelSource, quant: QuantSection, device: torch.device) -> Candidate:
@@ -42,12 +59,25 @@ def round_to_nearest(source: ModelSource, quant: QuantSection, device: torch.dev
                 module.weight.data = _rounded(module.weight.data, *choice, symmetric=quant.symmetric)
         return model
 
-    return Candidate("round_to_nearest", load)
+    return Candidate("round_to_nearest", load, source.tokenizer, None, "rounded weights, fp32")
 
 
-def packed(name: str, path: Path, device: torch.device, *, trust_remote_code: bool) -> Candidate:
+def packed(
+    name: str,
+    path: Path,
+    device: torch.device,
+    *,
+    tokenizer: Callable[[], Any] | None = None,
+    trust_remote_code: bool = False,
+) -> Candidate:
     """A packed checkpoint of any stage."""
-    return Candidate(name, lambda: load_packed(path, dtype="auto", device=device, trust_remote_code=trust_remote_code))
+    return Candidate(
+        name,
+        lambda: load_packed(path, dtype="auto", device=device, trust_remote_code=trust_remote_code),
+        tokenizer or (lambda: load_tokenizer(path, trust_remote_code=trust_remote_code)),
+        path,
+        "packed codes",
+    )
 
 
 def _rounded(weight: torch.Tensor, bits: int, group_size: int, *, symmetric: bool) -> torch.Tensor:

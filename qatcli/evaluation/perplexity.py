@@ -47,7 +47,8 @@ def perplexity(
         for row, target in zip(logits, targets, strict=True):  # row by row: fp32 logits of one window at a time
             total += float(F.cross_entropy(row[:-1].float(), target))
         progress(len(batch))
-    return math.exp(total / len(windows))
+    mean = total / len(windows)
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 @torch.no_grad()

@@ -17,18 +17,18 @@ __all__ = ["FORMATS", "ExportOptions", "Format", "Verification", "require_passed
 FORMATS = {
     row.name: row
     for row in (
-        Format("gptq", "GPTQModel, transformers, vLLM, SGLang, T-MAC", gptq.BITS, gptq.write, gptq.verify),
-        Format("bitblas", "GPTQModel's BitBLAS kernel", bitblas.BITS, bitblas.write, bitblas.verify),
-        Format("native", "qat and transformers", native.BITS, native.write, native.verify),
-        Format("gguf", "llama.cpp and what builds on it", gguf.BITS, gguf.write, gguf.verify),
-        Format("awq", "vLLM, SGLang, transformers, MLX at 4 bits", awq.BITS, awq.write, awq.verify),
+        Format("gptq", gptq.BITS, gptq.write, gptq.verify, gptq.RUNTIMES),
+        Format("bitblas", bitblas.BITS, bitblas.write, bitblas.verify, bitblas.RUNTIMES),
+        Format("native", native.BITS, native.write, native.verify, native.RUNTIMES),
+        Format("gguf", gguf.BITS, gguf.write, gguf.verify, gguf.RUNTIMES),
+        Format("awq", awq.BITS, awq.write, awq.verify, awq.RUNTIMES),
         Format(
             "compressed-tensors",
-            "vLLM without a flag, transformers",
             compressed_tensors.BITS,
             compressed_tensors.write,
             compressed_tensors.verify,
+            compressed_tensors.RUNTIMES,
         ),
-        Format("dense", "any tool, in half precision", dense.BITS, dense.write, dense.verify),
+        Format("dense", dense.BITS, dense.write, dense.verify, dense.RUNTIMES),
     )
 }

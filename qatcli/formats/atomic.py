@@ -13,16 +13,18 @@ from qatcli.errors import InputError, ResourceError
 
 
 @contextmanager
-def atomic_directory(out: Path) -> Iterator[Path]:
+def atomic_directory(out: Path, *, resume: bool = False) -> Iterator[Path]:
     """Yield a sibling working directory; on success sync its files and rename it to `out`, else remove it.
 
-    Raises InputError when `out` exists and is not an empty directory, ResourceError when the disk is full.
+    With `resume` the working directory of an interrupted run stays and is yielded again; the caller knows that it is of
+    the same content. InputError when `out` exists and is not an empty directory, ResourceError when the disk is full.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already", hint="remove it, or export to another directory")
     work = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed
-    work.mkdir(parents=True)
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed
+    work.mkdir(parents=True, exist_ok=resume)
     try:
         yield work
         for file in sorted(work.rglob("*")):
@@ -30,13 +32,11 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         _sync(work)
         os.replace(work, out)
         _sync(out.parent)
-    except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except BaseException as error:
+        if not resume:
+            shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"no space left while writing {out}", hint="free space and export again") from error
-        raise
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
         raise
 
 

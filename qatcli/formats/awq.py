@@ -22,6 +22,7 @@ from qatcli.formats.runtimes import verify_in
 from qatcli.packed import PackedCheckpoint
 
 BITS = (2, 3, 4)
+RUNTIMES = ("gptqmodel", "transformers")
 GROUPS = (128, 64, 32)  # what the kernels of all servers take
 _PROMOTE = "export with awq_promote, which stores them in 4 bits, or export compressed-tensors"
 
@@ -49,7 +50,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
         pack_linear=partial(_pack, group=group),
         quantization=config,
         deployments=deployment.awq(),
-        max_shard_bytes=options.max_shard_bytes,
+        options=options,
     )
 
 
@@ -63,7 +64,7 @@ def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> V
     found = compare_directory(
         checkpoint, out, "awq", _read, suffixes=("qweight", "qzeros", "scales"), expected=expected
     )
-    return verify_in(found, ("gptqmodel", "transformers"), checkpoint, out) if options.runtimes else found
+    return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 
 def group_size(checkpoint: PackedCheckpoint, *, promote: bool) -> int:

@@ -18,6 +18,7 @@ from qatcli.formats.model_directory import write_directory
 from qatcli.packed import PackedCheckpoint
 
 BITS = (2, 3, 4, 8)
+RUNTIMES: tuple[str, ...] = ()  # its kernel needs CUDA
 GROUPS = (-1, 32, 64, 128)
 _CONTAINERS = {bits: layout.container_bits(bits) for bits in BITS}
 _NOTE = "not run in GPTQModel: its BitBLAS kernel needs CUDA; the integers were compared"
@@ -44,7 +45,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
         pack_linear=partial(_pack, zeros_name=options.bitblas_zeros),
         quantization=config,
         deployments=deployment.bitblas(options.bitblas_zeros),
-        max_shard_bytes=options.max_shard_bytes,
+        options=options,
         extra_files={"quantize_config.json": config},
     )
 

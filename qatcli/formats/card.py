@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 from qatcli import __version__
 from qatcli.formats.contract import Deployment
 from qatcli.packed import PackedCheckpoint
+
+RUNTIMES_HEADING = "## Which runtime runs this file"
 
 
 def model_card(checkpoint: PackedCheckpoint, format_name: str, deployments: list[Deployment]) -> str:
@@ -33,7 +36,7 @@ Each weight is `(code - zero_point) * scale` with integer codes and zero points 
 
 All other tensors are in half precision.
 
-## Which runtime runs this file
+{RUNTIMES_HEADING}
 
 {deployment_table(deployments)}
 
@@ -46,6 +49,12 @@ def deployment_table(deployments: list[Deployment]) -> str:
     lines = ["| runtime | releases | command | remark |", "|---|---|---|---|"]
     lines += [f"| {d.runtime} | {d.releases} | `{d.command}` | {d.remark} |" for d in deployments]
     return "\n".join(lines)
+
+
+def deployments_of(out: Path) -> str:
+    """The deployment matrix in the card of the export `out`."""
+    after = (out / "README.md").read_text(encoding="utf-8").partition(RUNTIMES_HEADING)[2]
+    return after.strip().partition("\n\n")[0]
 
 
 def _group(size: int) -> str:

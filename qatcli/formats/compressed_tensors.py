@@ -23,6 +23,7 @@ from qatcli.formats.runtimes import verify_in
 from qatcli.packed import PackedCheckpoint, read_config
 
 BITS = (2, 3, 4, 8)
+RUNTIMES = ("compressed-tensors",)
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -36,7 +37,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
         pack_linear=partial(_pack, symmetric=symmetric),
         quantization=quantization_config(checkpoint, symmetric=symmetric),
         deployments=deployment.compressed_tensors(checkpoint, symmetric=symmetric),
-        max_shard_bytes=options.max_shard_bytes,
+        options=options,
     )
 
 
@@ -45,7 +46,7 @@ def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> V
     found = compare_directory(
         checkpoint, out, "compressed-tensors", partial(_read, _weights_settings(out)), suffixes=SUFFIXES
     )
-    return verify_in(found, ("compressed-tensors",), checkpoint, out) if options.runtimes else found
+    return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 
 def quantization_config(checkpoint: PackedCheckpoint, *, symmetric: bool) -> dict[str, Any]:

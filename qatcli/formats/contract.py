@@ -22,6 +22,7 @@ class ExportOptions:
     gguf_type        "auto" (smallest that fits), "exact" (no rounded offset) or a block type such as "Q8_0"
     gguf_embedding   "F16" or "Q8_0" for embeddings and lm_head
     runtimes         load the export in the libraries that serve it and compare logits, beside comparing integers
+    resume           keep the whole shards that a killed write of the same checkpoint with the same options left
     """
 
     dtype: str = "float16"
@@ -31,6 +32,7 @@ class ExportOptions:
     gguf_type: str = "auto"
     gguf_embedding: str = "F16"
     runtimes: bool = True
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class RuntimeReport:
-    """What one third-party library made of an export; `ran` is False when it is not installed."""
+    """What one runtime made of an export; `ran` is False when it is not installed.
+
+    `perplexity` and `text`, a greedy continuation, are measured when windows of tokens were given.
+    """
 
     runtime: str
     ran: bool
@@ -83,6 +88,8 @@ class RuntimeReport:
     max_logit_difference: float | None = None
     logit_tolerance: float | None = None
     notes: tuple[str, ...] = ()
+    perplexity: float | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,13 +108,17 @@ Verify = Callable[[PackedCheckpoint, Path, ExportOptions], Verification]
 
 @dataclass(frozen=True)
 class Format:
-    """One export format: `write` makes the directory `out` or nothing, `verify` re-reads it with other code."""
+    """One export format.
+
+    `write` makes the directory `out` or nothing; `verify` re-reads it with other code and asks `runtimes`, keys of
+    `qatcli.formats.runtimes.RUNTIMES`, where they are installed.
+    """
 
     name: str
-    summary: str
     bits: tuple[int, ...]
     write: Write
     verify: Verify
+    runtimes: tuple[str, ...]
 
 
 def require_passed(verification: Verification) -> None:

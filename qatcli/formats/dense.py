@@ -20,6 +20,7 @@ from qatcli.formats.runtimes import verify_in
 from qatcli.packed import PackedCheckpoint
 
 BITS = (2, 3, 4, 8)
+RUNTIMES = ("transformers-dense",)
 
 
 def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> None:
@@ -33,7 +34,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
         pack_linear=partial(_weight, dtype=dtype),
         quantization=None,
         deployments=deployment.dense(),
-        max_shard_bytes=options.max_shard_bytes,
+        options=options,
         dtype=dtype,
     )
 
@@ -43,7 +44,7 @@ def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> V
     dtype = getattr(torch, options.dtype)
     read = partial(_read, checkpoint, dtype)
     found = compare_directory(checkpoint, out, "dense", read, suffixes=("weight",), dtype=dtype)
-    return verify_in(found, ("transformers-dense",), checkpoint, out) if options.runtimes else found
+    return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 
 def _weight(linear: source.Arrays, *, dtype: torch.dtype) -> dict[str, Tensor]:

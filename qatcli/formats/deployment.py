@@ -1,7 +1,8 @@
 """Which releases of which runtime run an export, at which bits, and how (docs/export-formats.md has the evidence).
 
-The traps these rows exist for: vLLM up to 0.11.0 reads gptq_v2 zero points off by one without a word, and vLLM from
-0.22 and SGLang from 0.5.21 run asymmetric or 2/3-bit GPTQ only with `--quantization humming`.
+Releases are those whose source was read or that were run; commands are given for the directory of the export. The
+traps these rows exist for: vLLM up to 0.11.0 reads gptq_v2 zero points off by one without a word, and vLLM from 0.22
+and SGLang from 0.5.21 run asymmetric or 2/3-bit GPTQ only with `--quantization humming`.
 """
 
 from __future__ import annotations
@@ -10,28 +11,32 @@ from qatcli.formats.contract import Deployment
 from qatcli.packed import PackedCheckpoint
 
 _HUMMING = "pip install humming-kernels; CUDA, compute capability 7.5 or newer"
+_ONE_KIND = "it reads one number of bits and one group size for all linears"
 _PYTHON = "python -c \"from transformers import pipeline; print(pipeline('text-generation', '.')('Hello'))\""
 
 
 def gptq(checkpoint: PackedCheckpoint, *, symmetric: bool) -> list[Deployment]:
     """Rows for GPTQ: version 1 for symmetric models, version 2 otherwise."""
     bits = {quant.bits for quant in checkpoint.modules.values()}
-    rows = [
-        Deployment("GPTQModel", ">= 5", "GPTQModel.load('.')", "3 bits: TorchLinear only" if 3 in bits else ""),
-        Deployment("transformers", ">= 5 with optimum and gptqmodel", _PYTHON),
-    ]
+    kinds = {(quant.bits, quant.group_size) for quant in checkpoint.modules.values()}
+    rows = [Deployment("GPTQModel", ">= 7", "GPTQModel.load('.')", "3 bits: TorchLinear only" if 3 in bits else "")]
+    if len(kinds) == 1:
+        rows.append(Deployment("transformers", ">= 5 with optimum and gptqmodel", _PYTHON))
+    else:
+        rows.append(Deployment("transformers", "up to 5.23", "export native or dense", _ONE_KIND))
     if symmetric and bits <= {4, 8}:
         return [*rows, Deployment("vLLM", "all", "vllm serve ."), Deployment("SGLang", "all", _sglang())]
     if not symmetric:
         rows.append(Deployment("vLLM", "<= 0.11.0", "do not use", "SILENTLY WRONG: zero points are read off by one"))
     rows.append(Deployment("vLLM", "0.11.1 to 0.21", "vllm serve . --dtype float16"))
-    if all(quant.group_size > 0 for quant in checkpoint.modules.values()):
+    rows.append(Deployment("SGLang", "<= 0.5.19", _sglang("--dtype float16")))
+    if len(kinds) == 1 and all(group > 0 for _, group in kinds):
         rows.append(Deployment("vLLM", ">= 0.22", "vllm serve . --quantization humming", _HUMMING))
         rows.append(Deployment("SGLang", ">= 0.5.21", _sglang("--quantization humming"), _HUMMING))
     else:
-        rows.append(Deployment("vLLM", ">= 0.22", "export compressed-tensors", "Humming needs a positive group size"))
-    rows.append(Deployment("SGLang", "<= 0.5.19", _sglang("--dtype float16")))
-    if not symmetric and bits <= {2, 4}:
+        remark = "Humming reads one number of bits and one positive group size"
+        rows.append(Deployment("vLLM", ">= 0.22", "export compressed-tensors", remark))
+    if not symmetric and bits in ({2}, {4}):
         rows.append(Deployment("T-MAC", "June 2025", "run_pipeline.py -m gptq-auto", "CPU"))
     return rows
 
@@ -48,7 +53,7 @@ def bitblas(zeros_name: str) -> list[Deployment]:
 def native() -> list[Deployment]:
     """Rows for our own packed checkpoint."""
     return [
-        Deployment("qat", "this release", "qat eval .", "CPU and CUDA, every bit width"),
+        Deployment("qat", "this release", "qat eval RECIPE --from .", "CPU and CUDA, every bit width"),
         Deployment("transformers", ">= 5.17 with qatcli", "import qatcli; AutoModelForCausalLM.from_pretrained('.')"),
     ]
 
@@ -56,11 +61,11 @@ def native() -> list[Deployment]:
 def awq() -> list[Deployment]:
     """Rows for AWQ, the asymmetric 4-bit format most servers detect by themselves."""
     return [
-        Deployment("vLLM", "all", "vllm serve . --dtype float16", "Marlin kernels on Ampere and newer"),
-        Deployment("SGLang", "all", _sglang("--dtype float16")),
+        Deployment("vLLM", ">= 0.11.1", "vllm serve . --dtype float16", "Marlin kernels on Ampere and newer"),
+        Deployment("SGLang", ">= 0.5.10", _sglang("--dtype float16")),
         Deployment("transformers", ">= 5 with gptqmodel", _PYTHON),
-        Deployment("GPTQModel", ">= 5", "GPTQModel.load('.')"),
-        Deployment("MLX", "mlx-lm >= 0.30", "mlx_lm.generate --model . --prompt Hello"),
+        Deployment("GPTQModel", ">= 7", "GPTQModel.load('.')"),
+        Deployment("MLX", "mlx-lm >= 0.30.4", "mlx_lm.generate --model . --prompt Hello", "-s z is rounded to fp16"),
     ]
 
 
@@ -70,14 +75,13 @@ def compressed_tensors(checkpoint: PackedCheckpoint, *, symmetric: bool) -> list
     rows = []
     if bits <= {4, 8}:
         rows.append(Deployment("vLLM", ">= 0.10.2", "vllm serve .", "Marlin or Machete"))
-        rows.append(Deployment("SGLang", ">= 0.5.10", _sglang()))
+        rows.append(Deployment("SGLang", ">= 0.5.21", _sglang()))
     else:
         first = "0.25" if symmetric else "0.31"
         rows.append(Deployment("vLLM", f">= {first}", "vllm serve .", f"older releases refuse it; {_HUMMING}"))
         rows.append(Deployment("SGLang", ">= 0.5.21", _sglang("--quantization humming"), _HUMMING))
     if len({(quant.bits, quant.group_size) for quant in checkpoint.modules.values()}) > 1:
-        remark = "it takes the first config group for all linears; export dense"
-        return [*rows, Deployment("transformers", "up to 5.23", "do not use", remark)]
+        return [*rows, Deployment("transformers", "up to 5.23", "export native or dense", _ONE_KIND)]
     how = "quantization_config=CompressedTensorsConfig(dequantize=True)"
     rows.append(
         Deployment(
@@ -92,12 +96,15 @@ def compressed_tensors(checkpoint: PackedCheckpoint, *, symmetric: bool) -> list
 
 def gguf(file_name: str, types: set[str]) -> list[Deployment]:
     """Rows for GGUF, by the block types in the file."""
-    releases = "June 2026 and later (Q2_0)" if "Q2_0" in types else "2023-11 and later"
+    releases = "that know this architecture and tokenizer"
+    if "Q2_0" in types:
+        releases = "June 2026 and later on a CPU, July 2026 on a GPU (Q2_0)"
     run = f"llama-cli -m {file_name} -p Hello"
+    modelfile = f"echo FROM ./{file_name} > Modelfile && ollama create qat -f Modelfile"
     return [
         Deployment("llama.cpp", releases, run, "CPU, Metal, Vulkan, CUDA"),
         Deployment("llama.cpp server", releases, f"llama-server -m {file_name}", "OpenAI-compatible"),
-        Deployment("Ollama, LM Studio", "with such a llama.cpp", f"ollama create qat -f <(echo FROM ./{file_name})"),
+        Deployment("Ollama", "with such a llama.cpp", modelfile),
     ]
 
 

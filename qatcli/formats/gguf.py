@@ -29,6 +29,7 @@ from qatcli.formats.runtimes import verify_in
 from qatcli.packed import PackedCheckpoint
 
 BITS = (2, 3, 4)
+RUNTIMES = ("gguf", "llama.cpp")
 FILE = "model.gguf"
 # ggml file types (llama.cpp's llama_ftype), by the block type most linears have.
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q2_K": 10, "Q4_K": 15, "Q2_0": 41}
@@ -75,7 +76,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
 def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
     """Parse the file with our own reader and compare integers; then gguf-py and llama.cpp where installed."""
     found = compare_file(checkpoint, out / FILE, embedding=options.gguf_embedding)
-    return verify_in(found, ("gguf", "llama.cpp"), checkpoint, out) if options.runtimes else found
+    return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 
 def block_types(checkpoint: PackedCheckpoint, wanted: str) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 Tensors are in `layouts.gptq`. config.json["quantization_config"] and an identical quantize_config.json say bits,
 group size, `sym` (its absence would mean true) and the version; linears that stay dense are `"-:regex"` entries of
-`dynamic`, linears with other bits or groups `"+:regex"` entries, as GPTQModel, vLLM and SGLang read them.
+`dynamic`, linears with other bits or groups `"+:regex"` entries, as GPTQModel, vLLM and SGLang read them. transformers
+reads neither: it gets a list of what is quantized, and cannot load a model of several bits or group sizes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from qatcli.formats.runtimes import verify_in
 from qatcli.packed import PackedCheckpoint, read_config
 
 BITS = (2, 3, 4, 8)
+RUNTIMES = ("gptqmodel", "transformers")
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 # vLLM and SGLang merge these linears and look the merged name up in `dynamic`.
 _MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -42,7 +44,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
         pack_linear=partial(_pack, version=1 if symmetric else 2),
         quantization=config,
         deployments=deployment.gptq(checkpoint, symmetric=symmetric),
-        max_shard_bytes=options.max_shard_bytes,
+        options=options,
         extra_files={"quantize_config.json": config},
     )
 
@@ -50,7 +52,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
 def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
     """Read the integers back as the directory's own config says they are stored, then load it where installed."""
     found = compare_directory(checkpoint, out, "gptq", partial(_read, _settings(out)), suffixes=SUFFIXES)
-    return verify_in(found, ("gptqmodel", "transformers"), checkpoint, out) if options.runtimes else found
+    return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 
 def refuse_sizes(checkpoint: PackedCheckpoint, format_name: str, multiple: int) -> None:
@@ -80,7 +82,10 @@ def quantization_config(
     for (other_bits, other_group), names in others.items():
         settings = {"bits": other_bits, "group_size": other_group}
         dynamic |= {f"+:{pattern}": settings for pattern in patterns(names)}
-    dynamic |= {f"-:{pattern}": {} for pattern in patterns(source.dense_linears(checkpoint))}
+    skipped = source.dense_linears(checkpoint)
+    dynamic |= {f"-:{pattern}": {} for pattern in patterns(skipped)}
+    # The same for optimum, through which transformers loads: it has no `dynamic` and would make them all quantized.
+    only = {"modules_in_block_to_quantize": [sorted(checkpoint.modules)]} if skipped else {}
     return {
         "quant_method": "gptq",
         "method": "gptq",
@@ -95,6 +100,7 @@ def quantization_config(
         "true_sequential": True,
         "damp_percent": 0.01,
         "dynamic": dynamic,
+        **only,
         "meta": {"quantizer": [f"qat:{__version__}"]},
     }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from qatcli.formats import source
 from qatcli.formats.atomic import atomic_directory
 from qatcli.formats.card import model_card
-from qatcli.formats.contract import Deployment
+from qatcli.formats.contract import Deployment, ExportOptions
 from qatcli.packed import PackedCheckpoint, write_config
 from qatcli.shards import ShardWriter
 
@@ -31,18 +31,22 @@ def write_directory(
     pack_linear: PackLinear,
     quantization: dict[str, Any] | None,
     deployments: list[Deployment],
-    max_shard_bytes: float,
+    options: ExportOptions,
     dtype: torch.dtype = torch.float16,
     extra_files: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
-    """Write a model directory, one linear at a time, complete or not at all.
+    """Write a model directory, one linear at a time, complete or not at all; see `ExportOptions.resume`.
 
     `pack_linear` returns the arrays of one linear by the suffix of their names; biases and all other tensors are cast
     to `dtype`. `quantization` becomes config.json's quantization_config; `extra_files` are further JSON files.
     """
-    with atomic_directory(out) as work:
-        shards = ShardWriter(work, max_shard_bytes=max_shard_bytes)
+    with atomic_directory(out, resume=options.resume) as work:
+        shards = ShardWriter(work, max_shard_bytes=options.max_shard_bytes, resume=options.resume)
+        kept = {name.rpartition(".")[0] for name in shards.kept}
+        begun = [name for name in checkpoint.modules if name in kept]
         for name in checkpoint.modules:
+            if name in begun[:-1]:  # the last one may go on in a shard that was not finished
+                continue
             linear = source.arrays(checkpoint, name)
             for suffix, array in pack_linear(linear).items():
                 tensor = array if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
@@ -50,7 +54,8 @@ def write_directory(
             if linear.bias is not None:
                 shards.add(name + ".bias", source.cast(name + ".bias", linear.bias, dtype))
         for name in source.dense_tensor_names(checkpoint):
-            shards.add(name, source.cast(name, checkpoint.tensor(name), dtype))
+            if name not in shards.kept:
+                shards.add(name, source.cast(name, checkpoint.tensor(name), dtype))
         shards.close()
         write_config(work, model_config(checkpoint, dtype, quantization))
         for file_name, content in (extra_files or {}).items():

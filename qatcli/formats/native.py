@@ -17,9 +17,11 @@ from qatcli.formats.compare import TensorFiles, compare_directory
 from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.layouts import compressed_tensors as layout
 from qatcli.formats.model_directory import write_directory
+from qatcli.formats.runtimes import verify_in
 from qatcli.packed import PackedCheckpoint
 
 BITS = (2, 3, 4, 8)
+RUNTIMES = ("transformers-native",)
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point")
 
 
@@ -33,15 +35,16 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
         pack_linear=_pack,
         quantization={**checkpoint.config["quantization_config"], "scale_dtype": "float16"},
         deployments=deployment.native(),
-        max_shard_bytes=options.max_shard_bytes,
+        options=options,
         dtype=getattr(torch, options.dtype),
     )
 
 
 def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
-    """Compare the integers and every other tensor."""
-    read = partial(_read, checkpoint)
-    return compare_directory(checkpoint, out, "native", read, suffixes=SUFFIXES, dtype=getattr(torch, options.dtype))
+    """Compare the integers and every other tensor, then load it through plain transformers."""
+    read, dtype = partial(_read, checkpoint), getattr(torch, options.dtype)
+    found = compare_directory(checkpoint, out, "native", read, suffixes=SUFFIXES, dtype=dtype)
+    return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 
 def _pack(linear: source.Arrays) -> layout.Arrays:

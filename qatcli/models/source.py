@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +23,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qatcli.errors import InputError, missing_extra
-from qatcli.packed import read_config
-from qatcli.shards import INDEX, shard_map
+from qatcli.errors import InputError, QatError, missing_extra
+from qatcli.packed import companion_files, read_config
+from qatcli.shards import read_header, shard_map
 
+FINGERPRINT_BYTES = 1024  # of every tensor
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A full-precision model directory. `fingerprint` identifies its config and the layout of its weights."""
+    """A full-precision model directory. `fingerprint` identifies its config and, by samples, its weights."""
 
     path: Path
     trust_remote_code: bool
@@ -39,10 +42,12 @@ class ModelSource:
 
     def config(self) -> Any:
         """The transformers configuration."""
-        try:
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (ValueError, OSError, KeyError) as error:
-            raise InputError(f"{self.path}: transformers does not accept its config.json: {error}") from error
+        with refused(f"{self.path}: transformers does not accept its config.json"):
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            layers = config.get_text_config().num_hidden_layers
+            if not 0 < layers <= max(100, len(self.shards)):  # a billion empty layers would be built one by one
+                raise ValueError(f"{layers} layers, but {len(self.shards)} tensors in the checkpoint")
+            return config
 
     def tokenizer(self) -> Any:
         """The tokenizer that travels with the model."""
@@ -65,17 +70,37 @@ class ModelSource:
         return tensors
 
     def load_model(self, dtype: torch.dtype | str, device: torch.device) -> Any:
-        """The whole model, for the end-to-end teacher and for evaluation."""
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        """The whole model, for the end-to-end teacher and for evaluation. InputError when it does not load."""
+        with refused(f"{self.path}: transformers cannot load it"):
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=dtype, trust_remote_code=self.trust_remote_code, use_safetensors=True
+            )
         return model.to(device).eval()
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a model directory. InputError when there is none that loads."""
-    try:
+    companion_files(path)  # for links that lead out
+    with refused(f"{path} has no tokenizer that loads"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(f"{path} has no tokenizer that loads: {error}") from error
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """InputError for whatever a library raises about a file that is not what it should be.
+
+    There is no telling what: a config with a list for a number fails at the first sum, wherever that is. Too little
+    memory stays what it is.
+    """
+    try:
+        yield
+    except (QatError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:500] or "no reason given"
+        raise InputError(f"{what}: {reason}", hint="check or replace the files of the model") from error
 
 
 def open_source(
@@ -93,14 +118,32 @@ def open_source(
         path = _convert_gguf(path / gguf_file)
     elif not path.is_dir():
         path = _download(source, revision, gguf_file)
-    read_config(path)
+    _refuse_kernels(path, read_config(path), trust_remote_code)
     shards = shard_map(path)
     return ModelSource(path, trust_remote_code, _fingerprint(path, shards), shards)
+
+
+def _refuse_kernels(path: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    """InputError when a config names attention code to be fetched from the hub, which transformers would execute."""
+    keys = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+    chosen = [json.dumps(config[key]) for key in keys if "/" in json.dumps(config.get(key))]
+    if chosen and not trust_remote_code:
+        raise InputError(
+            f"{path}/config.json asks for code from the hub: {', '.join(chosen)}",
+            hint="remove the key, or set model.trust_remote_code if you trust who wrote it",
+        )
 
 
 def cache_directory() -> Path:
     """Where converted models are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qat"
+
+
+def converted(file: Path) -> Path:
+    """Where the converted form of a GGUF file is kept, whether it was made already or not."""
+    with open(file, "rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return cache_directory() / f"gguf-{digest[:16]}"
 
 
 def _download(repo: str, revision: str | None, gguf_file: str | None) -> Path:
@@ -125,16 +168,12 @@ def _convert_gguf(file: Path) -> Path:
         raise InputError(f"{file} does not exist")
     if importlib.util.find_spec("gguf") is None:
         raise missing_extra("gguf", "gguf")
-    with open(file, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    target = cache_directory() / f"gguf-{digest[:16]}"
+    target = converted(file)
     if target.is_dir():
         return target
-    try:
+    with refused(f"{file}: transformers cannot read this GGUF file"):
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        raise InputError(f"{file}: transformers cannot read this GGUF file: {error}") from error
     # The weights are dense now; leaving the GGUF quantizer attached would save them as GGUF blocks again.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -151,12 +190,17 @@ def _convert_gguf(file: Path) -> Path:
 
 
 def _fingerprint(path: Path, shards: dict[str, str]) -> str:
-    """sha256 over config.json, the index and every shard's size and header."""
+    """sha256 over config.json and, of every tensor, name, type, shape and the first bytes.
+
+    Not over all bytes, which takes minutes for a large model: any training changes the beginning of a tensor, too.
+    """
     digest = hashlib.sha256((path / "config.json").read_bytes())
-    if (path / INDEX).is_file():
-        digest.update((path / INDEX).read_bytes())
-    for name in sorted(set(shards.values())):
-        with open(path / name, "rb") as handle:
-            header_length = int.from_bytes(handle.read(8), "little")
-            digest.update(f"{name} {(path / name).stat().st_size}".encode() + handle.read(header_length))
+    for file in sorted(set(shards.values())):
+        entries = read_header(path / file)
+        with open(path / file, "rb") as handle:
+            for name in sorted(entries):
+                entry = entries[name]
+                handle.seek(entry.begin)
+                start = handle.read(min(entry.bytes, FINGERPRINT_BYTES))
+                digest.update(f"{name} {entry.dtype} {entry.shape} ".encode() + start)
     return digest.hexdigest()

@@ -19,6 +19,8 @@ from qatcli.recipe.schema import (
     PerplexityText,
     QuantSection,
     Recipe,
+    SpeedSection,
+    ZeroShotSection,
 )
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "PerplexityText",
     "QuantSection",
     "Recipe",
+    "SpeedSection",
+    "ZeroShotSection",
     "check_group_sizes",
     "digest",
     "dump_recipe",

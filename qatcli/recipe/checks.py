@@ -13,7 +13,7 @@ from typing import Any
 
 from qatcli.errors import RecipeError
 from qatcli.recipe.locations import is_local
-from qatcli.recipe.problems import Key, Problem
+from qatcli.recipe.problems import Key, Problem, nearest
 from qatcli.recipe.schema import BlockApSection, E2eQpSection, Recipe
 
 FORMAT_BITS: Mapping[str, tuple[int, ...]] = {
@@ -58,6 +58,20 @@ def _micro_batch_divides(recipe: Recipe) -> Iterator[Problem]:
     if whole % part:
         divisors = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
         yield Problem(("e2e_qp", "micro_batch_size"), f"must divide batch_size {whole}: {divisors}", part)
+
+
+def _data_keys_have_effect(recipe: Recipe) -> Iterator[Problem]:
+    for section, sources in (("calibrate", recipe.calibrate.data), ("e2e_qp", recipe.e2e_qp.data or ())):
+        for index, source in enumerate(sources):
+            place = (section, "data", index)
+            is_folder = os.path.isdir(source.source)  # `datasets` may find configurations and splits in it
+            given = {key for key in ("name", "revision", "files") if getattr(source, key) is not None}
+            given |= {"streaming"} if source.streaming else set()
+            for key in sorted(given - {"name", "streaming"} if is_folder else given):
+                if is_local(source.source):
+                    yield Problem((*place, key), "has no effect on local files", getattr(source, key))
+                elif source.files is not None and key in ("name", "streaming"):
+                    yield Problem((*place, key), "has no effect beside `files`", getattr(source, key))
 
 
 def _batches_fit_samples(recipe: Recipe) -> Iterator[Problem]:
@@ -118,11 +132,25 @@ def _metric_names_differ(recipe: Recipe) -> Iterator[Problem]:
         seen.add(text.name)
 
 
+def _expected_is_measured(recipe: Recipe) -> Iterator[Problem]:
+    section = recipe.eval
+    texts = [text.name for text in section.perplexity]
+    tasks = section.zero_shot.tasks if section.zero_shot else ()
+    known = {*texts, *tasks, "bits_per_weight", "bits_per_parameter", *(("zero_shot",) if len(tasks) > 1 else ())}
+    if section.kl:
+        known |= {f"{text}.{figure}" for text in texts for figure in ("kl", "kl_99", "top1_agreement")}
+    for name, expectation in recipe.expect.items():
+        # a task of lm-eval may be a group, whose members it names after itself
+        if name not in known and not any(name.startswith(f"{task}_") for task in tasks):
+            yield Problem(("expect", name), f"is not measured by `eval`{nearest(name, known)}", expectation.value)
+
+
 _RATES = ("lr_units", "lr_weights", "lr_scales", "lr_zero_points", "lr_norms")
 
 CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (_format_carries_bits, ("quant.bits", "quant.overrides", "export.formats")),
     (_gguf_file_is_there, ("model.source", "model.gguf_file")),
+    (_data_keys_have_effect, ("calibrate.data", "e2e_qp.data")),
     (_micro_batch_divides, ("e2e_qp.batch_size", "e2e_qp.micro_batch_size")),
     (_batches_fit_samples, ("block_ap.batch_size", "calibrate.samples", "e2e_qp.batch_size", "e2e_qp.samples")),
     (
@@ -133,6 +161,7 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (_rates_match_units, ("method", *(f"{s}.{key}" for s in ("block_ap", "e2e_qp") for key in _RATES))),
     (_trained_have_rates, ("e2e_qp.train", "e2e_qp.lr_scales", "e2e_qp.lr_norms")),
     (_metric_names_differ, ("eval.perplexity",)),
+    (_expected_is_measured, ("eval", "expect")),
 )
 """Every check with the keys that it reads."""
 

@@ -77,6 +77,14 @@ def resolve_text(source: str, folder: Path) -> str:
     return source if source in BUILT_IN_TEXTS else _existing(source, folder)
 
 
+def resolve_folder(source: str, folder: Path) -> str:
+    """The absolute path of an existing folder. Raises ValueError if there is none."""
+    path = absolute(source, folder)
+    if not os.path.isdir(path):
+        raise ValueError(f"no such folder: {path} (paths are relative to the recipe file)")
+    return path
+
+
 def _existing(source: str, folder: Path) -> str:
     path = absolute(source, folder)
     if os.path.lexists(path) and os.path.exists(path):

@@ -66,6 +66,9 @@ def _rows(model: type[BaseModel], section: str) -> Iterator[tuple[str, ...]]:
         inner = plain_type(field.annotation)
         if _is_section(inner):
             if section:  # a section inside a section is written as dotted keys of the outer one
+                if type(None) in get_args(field.annotation):
+                    default = "`null`" if field.default is None else "the defaults below"
+                    yield f"`{name}`", "keys, null", default, "", " ".join((field.description or "").split())
                 yield from ((f"`{name}.{row[0].strip('`')}`", *row[1:]) for row in _rows(inner, ""))
             continue
         default = "required" if field.is_required() else f"`{_yaml(field.get_default())}`"

@@ -7,31 +7,33 @@ timing, peak memory, provenance, commit.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from qatcli import directory
 from qatcli.directory import StageDirectory
 from qatcli.errors import InputError, UsageError
+from qatcli.finite import finite
+from qatcli.memory import peak_memory, start_peak
 from qatcli.recipe import Recipe, digest
 from qatcli.runlog import RunLog, duration
+from qatcli.trackers import open_trackers
 
 if TYPE_CHECKING:
     import torch
 
-PROC_STATUS, PROC_CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    from qatcli.models.source import ModelSource
+
 VERSIONED = ("qatcli", "torch", "transformers", "safetensors", "triton")
 # Keys that change where and how fast a stage runs but not what it computes: a resume may change them.
-FREE_KEYS = {"block_ap": ("cache",), "e2e_qp": ("checkpoint_every",), "export": ("formats",)}
+FREE_KEYS = ("block_ap.cache", "e2e_qp.checkpoint_every", "export.formats", "eval.cache")
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,27 @@ class Stage:
     """One row of the table.
 
     `module` holds `run`; `after` is the stage whose directory is the default input (None: the recipe's model);
-    `reads` are the kinds it accepts; `sections` are the recipe sections its result depends on, beside the input's.
+    `reads` are the kinds it accepts; `keys` are the recipe's sections and keys its result depends on, beside the
+    input's.
     """
 
     module: str
     after: tuple[str, ...]
     reads: tuple[str, ...]
     writes: str
-    sections: tuple[str, ...]
+    keys: tuple[str, ...]
 
 
 STAGES = {
     "import": Stage("importing", (), ("checkpoint",), "packed", ("model",)),
-    "calibrate": Stage("calibrate", (), (), "calibration", ("model", "quant", "calibrate")),
-    "block-ap": Stage("block_ap", ("calibrate",), ("calibration",), "quantized", ("model", "quant", "block_ap")),
+    "calibrate": Stage("calibrate", (), (), "calibration", ("model", "quant", "calibrate", "block_ap.amp")),
+    "block-ap": Stage(
+        "block_ap",
+        ("calibrate",),
+        ("calibration",),
+        "quantized",
+        ("model", "quant", "calibrate.seed", "calibrate.moment_samples", "block_ap"),
+    ),
     "e2e-qp": Stage("e2e_qp", ("block-ap",), ("quantized", "packed"), "quantized", ("model", "calibrate", "e2e_qp")),
     "pack": Stage("pack", ("e2e-qp", "block-ap"), ("quantized", "calibration"), "packed", ("pack",)),
     "export": Stage("export", ("pack",), ("packed",), "exported", ("export",)),
@@ -99,31 +108,38 @@ def run_stage(
     Errors: UsageError when recipe or input differ from what is there, InputError when the input is missing or damaged,
     and whatever the stage raises.
     """
+    from qatcli.plan import require  # loads torch and transformers
+
     stage = STAGES[name]
     log = log or RunLog()
-    chosen = _device(device)
+    chosen = choose_device(device)
     path = run_dir / name / variant
     with directory.locked(path):
-        given = _open_input(stage, run_dir, source)
+        directory.recover(path)
+        given = _open_input(stage, recipe, run_dir, source)
         identity = _identity(stage, recipe, given) | ({"variant": variant} if variant else {})
-        if path.is_dir() and not restart:
+        # Unfinished work of the same identity beside a finished stage is an interrupted --restart: it is continued.
+        if path.is_dir() and not restart and not directory.is_begun(path, identity):
             finished = directory.open_stage(path)
             directory.refuse_changes(finished.facts["identity"], identity, path)
             log.say(f"{name}: already finished in {path}")
             return finished
+        if doubt := require(recipe, name, variant, device=chosen, out=path.with_name(path.name + ".partial")):
+            log.warn(doubt)
         partial = directory.begin(path, identity, restart=restart)
         return _run(name, stage, Job(recipe, given, partial, run_dir, log, chosen, variant), path, identity)
 
 
 def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]) -> StageDirectory:
     run = importlib.import_module(f"qatcli.stages.{stage.module}").run
-    log = job.log.to_file(job.out / directory.LOG_FILE)
-    log.event("start", stage=name, device=str(job.device))
-    _reset_peak(job.device)
-    started = time.monotonic()
-    metrics = run(replace(job, log=log))
-    seconds = time.monotonic() - started
-    log.event("done", stage=name, seconds=round(seconds, 3), metrics=metrics)
+    trackers = open_trackers(job.recipe.track, job.run_dir, f"{name}-{job.variant}" if job.variant else name)
+    with job.log.stage(job.out / directory.LOG_FILE, trackers) as log:
+        log.event("start", stage=name, device=str(job.device), recipe=job.recipe.model_dump(mode="json"))
+        start_peak(job.device)
+        started = time.monotonic()
+        metrics = finite(run(replace(job, log=log)))
+        seconds = time.monotonic() - started
+        log.event("done", stage=name, seconds=round(seconds, 3), metrics=metrics)
     facts = {
         "stage": name,
         "kind": stage.writes,
@@ -132,18 +148,19 @@ def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]
         "recipe": job.recipe.model_dump(mode="json"),
         "recipe_digest": digest(job.recipe),
         "seconds": round(seconds, 3),
-        "peak_memory": _peak_memory(job.device),
+        "peak_memory": peak_memory(job.device),
         "device": str(job.device),
         "machine": f"{platform.machine()} {platform.system()}",
         "versions": {package: _version(package) for package in VERSIONED},
         "metrics": metrics,
+        "model_fingerprint": metrics.get("model_fingerprint") or _fingerprint(job.source),
     }
     finished = directory.commit(path, job.out, facts)
     job.log.say(f"{name}{' ' + job.variant if job.variant else ''}: done in {duration(seconds)}, {path}")
     return finished
 
 
-def _open_input(stage: Stage, run_dir: Path, source: Path | None) -> StageDirectory | None:
+def _open_input(stage: Stage, recipe: Recipe, run_dir: Path, source: Path | None) -> StageDirectory | None:
     if stage.reads == ("checkpoint",):
         if source is None:
             raise UsageError("import needs --from", hint="give the directory of a GPTQ, AWQ or EfficientQAT checkpoint")
@@ -156,7 +173,9 @@ def _open_input(stage: Stage, run_dir: Path, source: Path | None) -> StageDirect
         return directory.open_stage(source, kinds=stage.reads)
     for predecessor in stage.after:
         if (run_dir / predecessor).is_dir():
-            return directory.open_stage(run_dir / predecessor, kinds=stage.reads)
+            found = directory.open_stage(run_dir / predecessor, kinds=stage.reads)
+            _refuse_another_recipe(predecessor, found, recipe)
+            return found
         if (run_dir / f"{predecessor}.partial").is_dir():
             break
     missing = run_dir / stage.after[0]
@@ -167,17 +186,61 @@ def _open_input(stage: Stage, run_dir: Path, source: Path | None) -> StageDirect
     )
 
 
+def _refuse_another_recipe(name: str, found: StageDirectory, recipe: Recipe) -> None:
+    """InputError when a stage in the run directory was made by another recipe, or one that was edited since.
+
+    An input that is given with --from may come from any recipe.
+    """
+    keys: list[str] = []
+    names = [name]
+    for name_ in names:  # grows: a stage and all before it
+        keys += STAGES[name_].keys
+        names += STAGES[name_].after
+    made_from = _settings(keys, found.facts["recipe"])
+    try:
+        directory.refuse_changes(made_from, _settings(keys, recipe.model_dump(mode="json")), found.path)
+    except InputError as error:
+        hint = f"run `qat {name}` with --restart, put the recipe back, use another --run, or give --from {found.path}"
+        raise InputError(error.message, hint=hint) from error
+
+
 def _identity(stage: Stage, recipe: Recipe, source: StageDirectory | None) -> dict[str, Any]:
     """What the stage's result depends on; two runs of equal identity give equal bits."""
-    dump = recipe.model_dump(mode="json")
-    sections = {}
-    for section in stage.sections:
-        free = FREE_KEYS.get(section, ())
-        sections[section] = {key: value for key, value in dump[section].items() if key not in free}
-    return json.loads(json.dumps({**sections, "input": None if source is None else source.digest}))
+    settings = _settings(stage.keys, recipe.model_dump(mode="json"))
+    return json.loads(json.dumps({**settings, "input": None if source is None else source.digest}))
 
 
-def _device(name: str | None) -> torch.device:
+def _settings(keys: Iterable[str], recipe: dict[str, Any]) -> dict[str, Any]:
+    """The part of a dumped recipe that `keys` (`section` or `section.key`) name, without the free keys."""
+    chosen: dict[str, Any] = {}
+    for section, _, only in (key.partition(".") for key in keys):
+        for key, value in dict(recipe.get(section) or {}).items():
+            if only in ("", key) and f"{section}.{key}" not in FREE_KEYS:
+                chosen.setdefault(section, {})[key] = value
+    return chosen
+
+
+def open_model(job: Job) -> ModelSource:
+    """The recipe's full-precision model. InputError when the job's input was made from another one."""
+    from qatcli.models.source import open_source
+
+    source = open_source(**job.recipe.model.model_dump())
+    made_from = _fingerprint(job.source)
+    if made_from not in (None, source.fingerprint):
+        raise InputError(
+            f"{job.input.path} was made from another model than model.source {job.recipe.model.source}",
+            hint="point model.source at that model, or run the chain from `qat calibrate` with this one",
+        )
+    return source
+
+
+def _fingerprint(stage: StageDirectory | None) -> str | None:
+    """Of the full-precision model at the start of a chain; None for what came from elsewhere."""
+    return stage.facts.get("model_fingerprint") if stage else None
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that --device names, by default the GPU if there is one. UsageError when it cannot be used."""
     import torch
 
     try:
@@ -189,28 +252,6 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: torch sees no CUDA device", hint="use --device cpu, or see `qat doctor`")
     return device
-
-
-def _peak_memory(device: torch.device) -> dict[str, int]:
-    """Bytes: the process's resident peak since `_reset_peak`, and the device's peak."""
-    import torch
-
-    lines = PROC_STATUS.read_text().splitlines() if PROC_STATUS.exists() else []
-    host = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
-    peak = {"host_bytes": host or psutil.Process().memory_info().rss}
-    if device.type == "cuda":
-        peak["device_bytes"] = torch.cuda.max_memory_allocated(device)
-    return peak
-
-
-def _reset_peak(device: torch.device) -> None:
-    """Start a new peak for this stage, where the system lets us."""
-    import torch
-
-    with contextlib.suppress(OSError):
-        PROC_CLEAR.write_text("5")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _version(package: str) -> str | None:

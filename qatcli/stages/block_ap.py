@@ -9,7 +9,6 @@ blocks already quantized.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,15 +18,23 @@ import torch
 from torch import Tensor
 
 from qatcli.activations import StreamBudget, advance_stream, fill_stream, stream_budget
-from qatcli.blockfiles import block_file, block_quants, finish, load_quantized_block, read_linear, save_block
+from qatcli.blockfiles import (
+    block_file,
+    block_quants,
+    finish,
+    finished_blocks,
+    load_quantized_block,
+    read_linear,
+    save_block,
+)
 from qatcli.blocktrain import BlockResult, Windows, build_student, export_students, input_hessians, train_block
 from qatcli.data import load_windows
-from qatcli.errors import InputError
+from qatcli.errors import DivergedError
 from qatcli.models.blocks import BlockModel, open_blocks
-from qatcli.models.source import open_source
 from qatcli.packed import ModuleQuant
+from qatcli.progress import Bar
 from qatcli.shards import load_tensors
-from qatcli.stages import Job
+from qatcli.stages import Job, open_model
 from qatcli.training import compute_dtype
 
 
@@ -42,16 +49,15 @@ class _Streams:
 def run(job: Job) -> dict[str, Any]:
     """Train and save every block that is not there yet."""
     recipe, config, log = job.recipe, job.recipe.block_ap, job.log
-    source = open_source(**recipe.model.model_dump())
-    _check_same_model(job, source.fingerprint)
-    model = open_blocks(source)
+    model = open_blocks(open_model(job))
     dtype = compute_dtype(config.amp, job.device)
     windows, held_out_windows = load_windows(job.input.path)
-    budget = stream_budget(config.cache.host_gb, Path(config.cache.dir or job.out))
+    cache = config.cache
+    budget = stream_budget(job.device, Path(cache.dir or job.out), device_gb=cache.device_gb, host_gb=cache.host_gb)
     train = _open_streams(job, model, "train", windows.tokens, budget, dtype)
     held_out = _open_streams(job, model, "validation", held_out_windows.tokens, budget, dtype)
     arguments = model.block_arguments(windows.tokens.shape[1], job.device, torch.float32)
-    results: list[dict[str, Any]] = []
+    kept = finished_blocks(job.out)
 
     with log.progress("block-ap", len(model)) as bar:
         for index in range(len(model)):
@@ -60,9 +66,9 @@ def run(job: Job) -> dict[str, Any]:
             block = model.load_block(index, job.device, torch.float32)
             for streams in (train, held_out):
                 advance_stream(streams.target, block, arguments[index], batch_size=config.batch_size, device=job.device)
-            if not block_file(job.out, index).is_file():
-                result = _train(job, model, index, block, quants, train, held_out, arguments[index])
-                results.append(result)
+                _check_range(streams.target, model.block_name(index))
+            if index not in kept:
+                result = _train(job, model, index, block, quants, train, held_out, arguments[index], bar)
                 detail = f"loss {result['before']:.4g} -> {result['after']:.4g}"
             else:
                 detail = "kept from the interrupted run"
@@ -72,9 +78,18 @@ def run(job: Job) -> dict[str, Any]:
                 advance_stream(
                     streams.student, quantized, arguments[index], batch_size=config.batch_size, device=job.device
                 )
-            bar.advance(detail=detail)
+            bar.advance(detail=detail, reused=index in kept)
     finish(job.out, model, recipe.quant)
     return _metrics(job)
+
+
+def _check_range(stream: Tensor, name: str) -> None:
+    """DivergedError when a full-precision block's outputs left the range of fp16, which nothing later would mend."""
+    if stream.dtype == torch.float16 and not all(bool(torch.isfinite(window).all()) for window in stream):
+        raise DivergedError(
+            f"{name} of the full-precision model has outputs beyond float16's largest number",
+            hint="set block_ap.amp to bfloat16, or to float32 where the device has no bfloat16",
+        )
 
 
 def _train(
@@ -86,6 +101,7 @@ def _train(
     train: _Streams,
     held_out: _Streams,
     arguments: dict[str, Any],
+    bar: Bar,
 ) -> dict[str, Any]:
     """Train and save block `index`; the event that log.jsonl keeps about it."""
     recipe, config = job.recipe, job.recipe.block_ap
@@ -111,12 +127,13 @@ def _train(
         symmetric=recipe.quant.symmetric,
         generator=torch.Generator().manual_seed(recipe.calibrate.seed * 1_000_003 + index),
         device=job.device,
+        progress=bar.note,
     )
     state = block.state_dict()  # with the buffers that the checkpoint keeps
     others = {f"{prefix}.{n}": t for n, t in state.items() if f"{prefix}.{n.rpartition('.')[0]}" not in quants}
-    save_block(job.out, index, export_students(students), others)
     event = {"index": index, **asdict(result), "seconds": round(time.monotonic() - started, 3)}
     job.log.event("block", **event)
+    save_block(job.out, index, export_students(students), others)
     if result.backoffs:
         job.log.warn(f"block {index}: non-finite loss or gradient {result.backoffs} times; best iterate kept")
     return event
@@ -134,23 +151,9 @@ def _open_streams(
     return _Streams(target, student)
 
 
-def _check_same_model(job: Job, fingerprint: str) -> None:
-    expected = job.input.facts["metrics"]["model_fingerprint"]
-    if expected != fingerprint:
-        raise InputError(
-            f"{job.input.path} was calibrated on another model than model.source {job.recipe.model.source}",
-            hint="run `qat calibrate` again with this model, or point model.source at the one it was made from",
-        )
-
-
 def _metrics(job: Job) -> dict[str, Any]:
     """Summary of all blocks, those of earlier interrupted runs included, from the log."""
-    blocks: dict[int, dict[str, Any]] = {}
-    for line in (job.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
-        if event["event"] == "block":
-            blocks[event["index"]] = event
-    rows = [blocks[index] for index in sorted(blocks)]
+    rows = [event for _, event in sorted(finished_blocks(job.out).items())]
     return {
         "blocks": [
             {key: row[key] for key in ("index", "before", "after", "epochs", "backoffs", "seconds")} for row in rows

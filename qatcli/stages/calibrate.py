@@ -18,17 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from qat_kernels import quantize
-from qatcli.activations import advance_stream, fill_stream, stream_budget
-from qatcli.blockfiles import block_file, block_quants, finish, save_block
-from qatcli.data import load_windows, sample_windows, save_windows
+from qatcli.activations import SWEEP_BATCH, advance_stream, fill_stream, stream_budget
+from qatcli.blockfiles import block_quants, finish, finished_blocks, save_block
+from qatcli.data import check_source, load_windows, sample_windows, save_windows
 from qatcli.data.store import FILE as WINDOWS
 from qatcli.grid import initial_grid, relative_error
 from qatcli.models.blocks import BlockModel, open_blocks
-from qatcli.models.source import open_source
 from qatcli.packed import ModuleQuant, QuantizedLinear
 from qatcli.recipe import check_group_sizes
 from qatcli.recipe.schema import QuantSection
-from qatcli.stages import Job
+from qatcli.stages import Job, open_model
 from qatcli.training import compute_dtype
 
 WORST = 10  # layers that the metrics list by name
@@ -38,28 +37,33 @@ def run(job: Job) -> dict[str, Any]:
     """Sample windows, then round every block to its initial grids."""
     recipe, log = job.recipe, job.log
     config = recipe.calibrate
-    source = open_source(**recipe.model.model_dump())
+    source = open_model(job)
     model = open_blocks(source)
     quants = [block_quants(model, index, recipe.quant) for index in range(len(model))]
     check_group_sizes(recipe, {name: q.in_features for block in quants for name, q in block.items()})
 
     if not (job.out / WINDOWS).is_file():
+        tokenizer = source.tokenizer()
+        for data in recipe.e2e_qp.data or ():
+            check_source(data, tokenizer)  # now, and not after the hours of block-ap
         windows = sample_windows(
             config.data,
-            source.tokenizer(),
+            tokenizer,
             samples=config.samples,
             validation_samples=config.validation_samples,
             seq_len=config.seq_len,
             seed=config.seed,
         )
-        (job.out / "data.json").write_text(json.dumps({"digest": windows.digest, **windows.stats}, indent=2) + "\n")
         save_windows(job.out, windows)
     train, _ = load_windows(job.out)
 
+    kept = {index: event["relative_error"] for index, event in finished_blocks(job.out).items()}
     errors: dict[str, float] = {}
     with log.progress("calibrate", len(model)) as bar:
         for index, block, moments in _blocks_with_moments(job, model, train.tokens[: config.moment_samples]):
-            errors |= _round_block(job, model, index, block, quants[index], moments, recipe.quant)
+            if index not in kept:
+                kept[index] = _round_block(job, model, index, block, quants[index], moments, recipe.quant)
+            errors |= kept[index]
             block_errors = [errors[name] for name in quants[index]]
             bar.advance(detail=f"relative error {sum(block_errors) / max(1, len(block_errors)):.4f}")
     finish(job.out, model, recipe.quant)
@@ -82,7 +86,7 @@ def _blocks_with_moments(job: Job, model: BlockModel, windows: Tensor) -> Any:
     stream = torch.empty(0)
     arguments: list[dict[str, Any]] = []
     if len(windows):
-        budget = stream_budget(cache.host_gb, Path(cache.dir or job.out))
+        budget = stream_budget(job.device, Path(cache.dir or job.out), device_gb=cache.device_gb, host_gb=cache.host_gb)
         hidden = model.source.config().get_text_config().hidden_size
         stream = budget.allocate("calibrate", (*windows.shape, hidden), dtype)
         fill_stream(stream, model, windows, job.device, dtype)
@@ -92,7 +96,7 @@ def _blocks_with_moments(job: Job, model: BlockModel, windows: Tensor) -> Any:
         moments: dict[str, Tensor] = {}
         if len(windows):
             with _moment_hooks(block, model.block_name(index), moments):
-                advance_stream(stream, block, arguments[index], batch_size=4, device=job.device)
+                advance_stream(stream, block, arguments[index], batch_size=SWEEP_BATCH, device=job.device)
             tokens = windows.numel()
             moments = {name: total / tokens for name, total in moments.items()}
         yield index, block, moments
@@ -143,9 +147,8 @@ def _round_block(
         codes = quantize(weight, scale, zero_point, **shape)
         linears[name] = QuantizedLinear(codes, scale, zero_point.to(torch.uint8), **shape, bias=linear.bias)
         errors[name] = relative_error(weight, scale, zero_point, **shape, moment=moment)
-    if not block_file(job.out, index).is_file():
-        quantized = tuple(f"{name}." for name in quants)
-        others = {prefix + n: t for n, t in block.state_dict().items() if not (prefix + n).startswith(quantized)}
-        save_block(job.out, index, linears, others)
+    quantized = tuple(f"{name}." for name in quants)
+    others = {prefix + n: t for n, t in block.state_dict().items() if not (prefix + n).startswith(quantized)}
     job.log.event("block", index=index, relative_error=errors)
+    save_block(job.out, index, linears, others)
     return errors

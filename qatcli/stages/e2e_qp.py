@@ -118,7 +118,8 @@ class _Trainer:
                     log.event("validation", step=step + 1, loss=held_out)
                     stepper.offer(held_out, always=not config.keep_best)
                     self._save(stepper, step + 1, before)
-                bar.advance(detail=f"loss {loss:.4f} held-out {stepper.best_loss:.4f}")
+                detail, group = f"loss {loss:.4f} held-out {stepper.best_loss:.4f}", stepper.optimizer.param_groups[0]
+                bar.advance(detail=detail, lr=group["lr"], tokens=config.batch_size * text.tokens.shape[1])
         if stepper.backoffs:
             log.warn(f"e2e-qp: non-finite loss or gradient {stepper.backoffs} times; best iterate kept")
         stepper.restore_best()

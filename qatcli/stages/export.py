@@ -8,46 +8,60 @@ A difference found after writing fails the stage, and nothing appears under the 
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
-from qatcli.directory import adopt, write_json
+from qatcli.directory import LOG_FILE, RESUME_FILE, adopt, write_json
 from qatcli.errors import QatError
 from qatcli.formats import FORMATS, ExportOptions, require_passed
+from qatcli.formats.card import deployments_of
+from qatcli.inputs import read_json
 from qatcli.packed import PackedCheckpoint
 from qatcli.recipe.schema import ExportSection
 from qatcli.stages import Job
 
 VERIFICATION = "verify.json"
+WRITTEN = "written"  # the export until it is verified
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Write and verify the format that the job names."""
-    chosen = FORMATS[job.variant]
-    checkpoint = PackedCheckpoint.open(job.input.path)
-    options = export_options(job.recipe.export)
-    # Formats make their directory complete or not at all; inside the stage's own it is taken apart again.
-    written = job.out / "written"
-    chosen.write(checkpoint, written, options)
-    adopt(written, job.out)
-    size = sum(file.stat().st_size for file in job.out.rglob("*") if file.is_file())
-    metrics: dict[str, Any] = {"format": chosen.name, "bytes": size, "verified": False}
+    """Write and verify the format that the job names. A killed run keeps its whole shards, then the written export."""
+    written = job.out / WRITTEN
+    if not (job.out / VERIFICATION).is_file():  # else it was killed while the files were moved
+        checkpoint, options = PackedCheckpoint.open(job.input.path), export_options(job.recipe.export)
+        if not written.is_dir():
+            FORMATS[job.variant].write(checkpoint, written, options)
+        if job.recipe.export.verify:
+            _verify(job, checkpoint, written, options)
+    if written.is_dir():
+        adopt(written, job.out)
+    job.log.say(deployments_of(job.out))
+    own = (VERIFICATION, LOG_FILE, RESUME_FILE)
+    size = sum(file.stat().st_size for file in job.out.rglob("*") if file.is_file() and file.name not in own)
+    metrics: dict[str, Any] = {"format": job.variant, "bytes": size, "verified": job.recipe.export.verify}
     if not job.recipe.export.verify:
-        job.log.warn(f"{chosen.name}: NOT verified, as asked; nobody knows whether this export is right")
+        job.log.warn(f"{job.variant}: NOT verified, as asked; nobody knows whether this export is right")
         return metrics
-    verification = chosen.verify(checkpoint, job.out, options)
-    write_json(job.out / VERIFICATION, verification.to_json())
+    return metrics | {"verification": read_json(job.out / VERIFICATION)}
+
+
+def _verify(job: Job, checkpoint: PackedCheckpoint, written: Path, options: ExportOptions) -> None:
+    """Write verify.json, or remove what was written and raise VerificationError."""
+    verification = FORMATS[job.variant].verify(checkpoint, written, options)
     for note in verification.notes:
-        job.log.say(f"{chosen.name}: {note}")
+        job.log.say(f"{job.variant}: {note}")
     try:
         require_passed(verification)
     except QatError:
         job.log.event("verification", **verification.to_json())
+        shutil.rmtree(written)
         raise
-    return metrics | {"verified": True, "verification": verification.to_json()}
+    write_json(job.out / VERIFICATION, verification.to_json())
 
 
 def export_options(section: ExportSection) -> ExportOptions:
-    """The formats' options as the recipe sets them."""
+    """The formats' options as the recipe sets them. The stage's own directory is resumed by equal options only."""
     return ExportOptions(
         dtype=section.dtype,
         max_shard_bytes=section.max_shard_gb * 1e9,
@@ -56,4 +70,5 @@ def export_options(section: ExportSection) -> ExportOptions:
         gguf_type=section.gguf_type,
         gguf_embedding=section.gguf_embedding,
         runtimes=section.runtimes,
+        resume=True,
     )

@@ -1,4 +1,4 @@
-"""import: a GPTQ, AWQ or EfficientQAT checkpoint becomes our packed form, codes, zero points and scales as they are.
+"""import: a checkpoint of another tool becomes our packed form, codes, zero points and scales as they are.
 
 Reads:  a checkpoint directory of another tool (--from).
 Writes: packed, so that eval, export and e2e-qp work on models people already have.
@@ -18,7 +18,8 @@ from qatcli.stages import Job
 def run(job: Job) -> dict[str, Any]:
     """Convert the checkpoint given with --from."""
     written = job.out / "written"
-    import_checkpoint(job.input.path, written)
+    if not written.is_dir():  # else it was killed while the files were moved
+        import_checkpoint(job.input.path, written)
     adopt(written, job.out)
     checkpoint = PackedCheckpoint.open(job.out)
     return {"linears": len(checkpoint.modules), **bits_per_weight(checkpoint)}

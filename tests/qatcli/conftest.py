@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,17 @@ def random_llama(save_random_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def pack_model() -> Callable[..., Path]:
-    """A function that rounds a model's blocks to min-max grids: (model, out, *, bits, scale_dtype) -> out."""
+    """A function that rounds a model to min-max grids: (model, out, *, bits, group_size, scale_dtype) -> out."""
     from safetensors.torch import load_file
 
     from qat_kernels import quantize
     from qatcli.grid import initial_grid
-    from qatcli.packed import PackedWriter, QuantizedLinear, quantization_config, read_config
+    from qatcli.packed import PackedWriter, QuantizedLinear, companion_files, quantization_config, read_config
 
-    def pack(model: Path, out: Path, *, bits: int = 3, scale_dtype: torch.dtype = torch.float32) -> Path:
-        kind = {"bits": bits, "group_size": 16}
+    def pack(
+        model: Path, out: Path, *, bits: int = 3, group_size: int = 16, scale_dtype: torch.dtype = torch.float32
+    ) -> Path:
+        kind = {"bits": bits, "group_size": group_size}
         tensors = load_file(model / "model.safetensors")
         linears = {name.removesuffix(".weight") for name in tensors if name.endswith("_proj.weight")}
         writer = PackedWriter(out)
@@ -74,6 +77,8 @@ def pack_model() -> Callable[..., Path]:
                 writer.add_linear(module, linear)
         quantization = quantization_config(writer.modules, **kind, symmetric=False, scale_dtype=scale_dtype)
         writer.close({**read_config(model), "quantization_config": quantization})
+        for file in companion_files(model):
+            shutil.copyfile(file, out / file.name)
         return out
 
     return pack

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from qatcli.stages import STAGES
 
 STAGE_OPTIONS = {"--run", "--from", "--set", "--restart", "--device", "--json", "-q", "--quiet", "-v", "--verbose"}
 FROZEN = {
-    **dict.fromkeys(["calibrate", "block-ap", "e2e-qp", "pack", "import", "eval"], STAGE_OPTIONS),
+    **dict.fromkeys(["calibrate", "block-ap", "e2e-qp", "pack", "import"], STAGE_OPTIONS),
+    # A model brings no recipe with it, so the options say what to measure.
+    "eval": STAGE_OPTIONS | {"--text", "--seq-len", "--windows", "--zero-shot", "--data", "--limit", "--against"},
     "export": STAGE_OPTIONS | {"--format", "--verify", "--no-verify"},
     "run": STAGE_OPTIONS - {"--from"},
     "inspect": {"--json"},
+    "report": {"--watch", "--json"},
 }
 
 
@@ -99,7 +103,7 @@ def test_no_new_options(name: str) -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert options(commands[name]) == FROZEN[name]
     arguments = [parameter.name for parameter in commands[name].params if parameter.param_type_name == "argument"]
-    assert arguments == (["directory"] if name == "inspect" else ["recipe"])
+    assert arguments == [{"inspect": "directory", "report": "run", "eval": "targets"}.get(name, "recipe")]
 
 
 def test_every_stage_has_a_command_with_the_same_options() -> None:
@@ -291,11 +295,22 @@ def test_too_little_memory_exits_6(recipe: Path, stub: Callable[..., Any], error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.ENOENT, "No such file"), ValueError("a bug")])
-def test_a_bug_keeps_its_traceback(recipe: Path, stub: Callable[..., Any], error: Exception) -> None:
+def test_what_no_one_foresaw_is_one_sentence_and_keeps_its_traceback(
+    recipe: Path, stub: Callable[..., Any], error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     stub(error)
     done = qat("block-ap", recipe)
     assert done.exit_code == 1
-    assert done.exception is error
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: unforeseen {type(error).__name__}: ")
+    assert "Traceback" not in done.stderr
+    (saved,) = tmp_path.glob("qat-traceback-*.txt")
+    assert str(saved) in done.stderr
+    assert "Traceback" in saved.read_text()
+    assert "Traceback" in qat("block-ap", recipe, "-v").stderr
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert "Traceback" in qat("block-ap", recipe).stderr
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), BrokenPipeError()])
@@ -312,3 +327,58 @@ def test_an_interrupt_exits_130_and_says_how_to_continue(
 def test_a_termination_signal_is_an_interrupt(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qatcli.chain.run_one", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     assert qat("calibrate", recipe).exit_code == 130
+
+
+# eval takes recipes and models.
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The calls of `compare`, which returns figures of no model."""
+    calls: list[dict[str, Any]] = []
+
+    def compare(targets: list[str], config: Any, **options: Any) -> dict[str, Any]:
+        calls.append({"targets": targets, "config": config, **options})
+        return {"models": {}, "protocol": {}, "zero_shot_protocol": None, "speed_protocol": None, "prompts": []}
+
+    monkeypatch.setattr("qatcli.evaluation.compare.compare", compare)
+    return calls
+
+
+def test_a_recipe_is_evaluated_as_a_stage(recipe: Path, stub: Callable[..., list[dict[str, Any]]]) -> None:
+    calls = stub({"stage": "eval", "path": "runs/x/eval", "seconds": 1.0, "metrics": {}})
+    assert qat("eval", recipe, "--set", "eval.kl=false").stdout == "runs/x/eval\n"
+    assert (calls[0]["stage"], calls[0]["recipe"], calls[0]["overrides"]) == ("eval", recipe, ["eval.kl=false"])
+
+
+def test_models_are_compared(tmp_path: Path, compared: list[dict[str, Any]]) -> None:
+    given = ["--text", str(tmp_path), "--windows", "3", "--zero-shot", "piqa", "--limit", "5", "--against", "full"]
+    done = qat("eval", "runs/x/pack", "model.gguf", *given, "--device", "cpu", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["stage"] == "eval"
+    (call,) = compared
+    assert call["targets"] == ["runs/x/pack", "model.gguf"]
+    assert call["against"] == "full"
+    assert call["config"].perplexity[0].windows == 3
+    assert call["config"].zero_shot.limit == 5
+    assert qat("eval", "model.gguf", "-q").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["r.yaml", "runs/x/pack"], "a recipe is evaluated by itself"),
+        (["r.yaml", "--limit", "3"], "--limit is for models"),
+        (["r.yaml", "--seq-len", "64"], "--seq-len is for models"),
+        (["runs/x/pack", "--set", "eval.kl=false"], "are for a recipe"),
+        (["runs/x/pack", "--restart"], "are for a recipe"),
+        (["runs/x/pack", "--limit", "3"], "--limit needs --zero-shot"),
+    ],
+)
+def test_options_of_the_other_kind_are_refused(
+    arguments: list[str], message: str, compared: list[dict[str, Any]]
+) -> None:
+    done = qat("eval", *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert compared == []

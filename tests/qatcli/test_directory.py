@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,10 +15,20 @@ from typing import Any
 import pytest
 
 from qatcli import directory
-from qatcli.directory import StageDirectory, begin, commit, foreign_checkpoint, locked, open_stage, refuse_changes
+from qatcli.directory import (
+    StageDirectory,
+    begin,
+    commit,
+    foreign_checkpoint,
+    locked,
+    open_stage,
+    recover,
+    refuse_changes,
+)
 from qatcli.errors import InputError, UsageError
 
 IDENTITY: dict[str, Any] = {"quant": {"bits": 2, "group_size": 64}, "input": "abc"}
+FACTS: dict[str, Any] = {"stage": "block-ap", "kind": "quantized", "identity": IDENTITY, "recipe": {}, "metrics": {}}
 
 
 def finish(path: Path, content: str = "weights", *, restart: bool = False, **facts: Any) -> StageDirectory:
@@ -27,12 +38,15 @@ def finish(path: Path, content: str = "weights", *, restart: bool = False, **fac
     (partial / "sub").mkdir(exist_ok=True)
     (partial / "sub" / "more.json").write_text("{}")
     (partial / "log.jsonl").write_text('{"event": "start"}\n')
-    return commit(path, partial, {"kind": "quantized", "identity": IDENTITY, **facts})
+    return commit(path, partial, FACTS | facts)
 
 
 def edit(path: Path, how: Callable[[dict[str, Any]], Any]) -> None:
+    """Change stage.json as someone would who also corrects its digest."""
     facts = json.loads((path / "stage.json").read_text())
     how(facts)
+    facts.pop("digest", None)
+    facts["digest"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     (path / "stage.json").write_text(json.dumps(facts))
 
 
@@ -118,7 +132,38 @@ def test_a_stage_file_cannot_point_outside_its_directory(stage: Path, name: str)
     (stage.parent / "secret").write_text("x")
     digest = hashlib.sha256(b"x").hexdigest()
     edit(stage, lambda facts: facts["files"].update({name: digest}))
-    with pytest.raises(InputError, match="incomplete"):
+    with pytest.raises(InputError, match="outside"):
+        open_stage(stage)
+
+
+def test_every_flipped_bit_of_a_stage_file_is_found(stage: Path) -> None:
+    content = (stage / "stage.json").read_bytes()
+    for position in range(0, len(content), 7):
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << bit
+            (stage / "stage.json").write_bytes(damaged)
+            if _parsed(damaged) == _parsed(content):
+                continue  # white space for white space
+            with pytest.raises(InputError):
+                open_stage(stage)
+    (stage / "stage.json").write_bytes(content)
+    open_stage(stage)
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("target", ["model.safetensors", "stage.json"])
+def test_a_link_out_of_a_stage_is_refused(stage: Path, target: str) -> None:
+    outside = stage.parent / "outside"
+    (stage / target).rename(outside)
+    (stage / target).symlink_to(outside)
+    with pytest.raises(InputError, match="link that leads out"):
         open_stage(stage)
 
 
@@ -146,7 +191,7 @@ def test_another_identity_is_refused_by_the_names_of_the_keys(tmp_path: Path) ->
     partial = begin(path, IDENTITY, restart=False)
     (partial / "block-0").write_text("done")
     changed = {"quant": {"bits": 3, "group_size": 64, "symmetric": True}, "input": "abc"}
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(InputError) as caught:
         begin(path, changed, restart=False)
     lines = caught.value.message.splitlines()
     assert lines[1:] == ["  quant.bits: was 2, is 3", "  quant.symmetric: was None, is True"]
@@ -168,7 +213,7 @@ def test_a_restart_keeps_the_old_result_until_the_new_one_is_whole(stage: Path) 
     partial = begin(stage, {"input": "new"}, restart=True)
     (partial / "model.safetensors").write_text("new weights")
     assert open_stage(stage).digest == before
-    commit(stage, partial, {"kind": "quantized"})
+    commit(stage, partial, FACTS)
     assert (stage / "model.safetensors").read_text() == "new weights"
     assert names(stage) == ["model.safetensors", "stage.json"]
     assert [path.name for path in stage.parent.iterdir()] == ["block-ap"]
@@ -197,18 +242,96 @@ def test_a_process_killed_while_committing_loses_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(directory, call, die)
         with pytest.raises(KeyboardInterrupt):
-            commit(path, partial, {"kind": "quantized"})
+            commit(path, partial, FACTS)
     assert not path.exists()
     again = begin(path, IDENTITY, restart=False)
     assert (again / "block-0").read_text() == "done"
-    commit(path, again, {"kind": "quantized"})
+    commit(path, again, FACTS)
     assert names(path) == ["block-0", "stage.json"]
     assert list(open_stage(path).facts["files"]) == ["block-0"]
 
 
+def test_half_written_files_and_lines_do_not_survive_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "block-ap"
+    partial = begin(path, IDENTITY, restart=False)
+    (partial / "log.jsonl").write_text('{"event": "start"}\n{"event": "blo')
+    (partial / "optimizer.safetensors.writing").write_text("half")
+    begin(path, IDENTITY, restart=False)
+    assert names(partial) == ["log.jsonl", "resume.json"]
+    assert (partial / "log.jsonl").read_text() == '{"event": "start"}\n'
+
+
+@pytest.mark.parametrize("step", ["rename", "discard"])
+def test_a_process_killed_between_the_renames_of_a_restart(
+    stage: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    partial = begin(stage, IDENTITY, restart=True)
+    (partial / "model.safetensors").write_text("new weights")
+    rename = os.rename
+
+    def die_before_the_new(source: Path, target: Path) -> None:
+        if source == partial:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if step == "rename":
+            patched.setattr(os, "rename", die_before_the_new)
+        else:
+            patched.setattr(directory, "_discard", die)
+        with pytest.raises(KeyboardInterrupt):
+            commit(stage, partial, FACTS)
+    recover(stage)
+    assert (stage / "model.safetensors").read_text() == "new weights"
+    assert [path.name for path in stage.parent.iterdir()] == ["block-ap"]
+    assert names(stage) == ["model.safetensors", "stage.json"]
+    open_stage(stage)
+
+
+def test_a_rename_that_fails_leaves_the_old_result(stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_stage(stage).digest
+    partial = begin(stage, IDENTITY, restart=True)
+    (partial / "model.safetensors").write_text("new weights")
+    rename = os.rename
+
+    def fail_for_the_new(source: Path, target: Path) -> None:
+        if source == partial:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_for_the_new)
+    with pytest.raises(OSError, match="Input/output"):
+        commit(stage, partial, FACTS)
+    assert open_stage(stage).digest == before
+    assert partial.is_dir()
+
+
+@pytest.mark.parametrize("name", ["block-ap.partial", "block-ap.partial/log.jsonl", "block-ap.lock"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside"
+    run = tmp_path / "run"
+    begin(run / "block-ap", IDENTITY, restart=False)
+    if name.endswith(".partial"):
+        (run / name).rename(outside)
+        precious = outside / "resume.json"
+    else:
+        outside.write_text("precious")
+        precious = outside
+    content = precious.read_text()
+    (run / name).symlink_to(outside)
+    with pytest.raises(InputError, match="link"), locked(run / "block-ap"):
+        begin(run / "block-ap", {"input": "other"}, restart=False)
+    if not name.endswith(".lock"):
+        begin(run / "block-ap", IDENTITY, restart=True)  # the link goes, what it leads to stays
+    assert precious.read_text() == content
+
+
 def test_refuse_changes_accepts_what_is_equal() -> None:
     refuse_changes(IDENTITY, json.loads(json.dumps(IDENTITY)), Path("x"))
-    with pytest.raises(UsageError, match="input: was abc, is None"):
+    with pytest.raises(InputError, match="input: was abc, is None"):
         refuse_changes(IDENTITY, {"quant": IDENTITY["quant"]}, Path("x"))
 
 

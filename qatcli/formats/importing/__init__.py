@@ -2,9 +2,9 @@
 
     import_checkpoint(Path("Llama-2-7b-EfficientQAT-w2g64"), Path("packed"))
 
-Read are EfficientQAT's native checkpoints (3 bits at 10 codes per word), GPTQ versions 1 and 2 and AWQ (gemm). Codes,
-zero points and scales are taken as they are: nothing is quantized again. Left out: activation order (`desc_act` with
-columns out of order), which our layout cannot say, and pickled files.
+Read are EfficientQAT's native checkpoints (3 bits at 10 codes per word), GPTQ versions 1 and 2, AWQ (gemm), BitBLAS and
+compressed-tensors (pack-quantized). Codes, zero points and scales are taken as they are: nothing is quantized again.
+Left out: activation order (`desc_act` with columns out of order), which our layout cannot say, and pickled files.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from qatcli.errors import InputError
 from qatcli.formats import readback
 from qatcli.formats.atomic import atomic_directory
 from qatcli.formats.compare import TensorFiles
-from qatcli.formats.importing.linears import Storage, read_linear, storage_of
+from qatcli.formats.importing.linears import CODES, KINDS, PARTS, Storage, read_linear, storage_of
 from qatcli.packed import PackedWriter, QuantizedLinear, companion_files, quantization_config, read_config
-
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def import_checkpoint(path: Path, out: Path) -> None:
@@ -37,17 +35,16 @@ def import_checkpoint(path: Path, out: Path) -> None:
     config = read_config(path)
     settings = _settings(path, config)
     storage = storage_of(path, settings)
-    names = sorted(name.removesuffix(".qweight") for name in files.shards if name.endswith(".qweight"))
+    names = sorted(name.rpartition(".")[0] for name in files.shards if name.endswith(CODES))
     if not names:
-        raise InputError(
-            f"{path} has no tensor *.qweight", hint="only GPTQ, AWQ and EfficientQAT checkpoints are imported"
-        )
+        raise InputError(f"{path} has no tensor *{' or *'.join(CODES)}", hint=f"what is imported: {KINDS}")
     sizes = _linear_sizes(config)
     with atomic_directory(out) as work:
         writer = PackedWriter(work)
-        symmetric = True
+        symmetric, scale_dtype = True, torch.float16
         for name in names:
             linear = _import_linear(files, name, storage, sizes)
+            scale_dtype = linear.scale.dtype
             symmetric = symmetric and bool((linear.zero_point == 1 << (linear.bits - 1)).all())
             writer.add_linear(name, linear)
         taken = {f"{name}.{part}" for name in names for part in (*PARTS, "bias")}
@@ -60,7 +57,7 @@ def import_checkpoint(path: Path, out: Path) -> None:
             bits=int(settings.get("bits", first.bits)),
             group_size=int(settings.get("group_size", first.group_size)),
             symmetric=symmetric,
-            scale_dtype=files.tensor(names[0] + ".scales").dtype,
+            scale_dtype=scale_dtype,
         )
         writer.close({**config, "quantization_config": quantization})
         for file in companion_files(path):

@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qatcli.errors import InputError
 from qatcli.formats import readback
+
+KINDS = "GPTQ, AWQ, BitBLAS, compressed-tensors and EfficientQAT checkpoints"
+CODES = (".qweight", ".weight_packed")  # the tensor by which a quantized linear is known
+PARTS = (
+    *("qweight", "qzeros", "zeros", "scales", "g_idx"),
+    *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,12 @@ def storage_of(path: Path, settings: Mapping[str, Any]) -> Storage:
         return Storage("EfficientQAT")
     if method == "gptq":
         layout = settings.get("checkpoint_format", settings.get("format", "gptq"))
+        if layout == "bitblas":
+            return Storage("BitBLAS")
         if layout not in ("gptq", "gptq_v2"):
-            raise InputError(f"{path} stores GPTQ as {layout}", hint="only the formats gptq and gptq_v2 are imported")
+            raise InputError(
+                f"{path} stores GPTQ as {layout}", hint="only the formats gptq, gptq_v2 and bitblas are imported"
+            )
         return Storage(f"GPTQ ({layout})", stored_minus_one=layout == "gptq")
     if method == "awq":
         version = str(settings.get("version", settings.get("format", "gemm"))).lower()
@@ -42,9 +54,13 @@ def storage_of(path: Path, settings: Mapping[str, Any]) -> Storage:
                 f"{path} stores AWQ {version} at {settings.get('bits')} bits", hint="only gemm at 4 bits is imported"
             )
         return Storage("AWQ")
-    raise InputError(
-        f"{path} has quant_method {method}", hint="only gptq, awq and EfficientQAT checkpoints are imported"
-    )
+    if method == "compressed-tensors":
+        if settings.get("format") != "pack-quantized":
+            raise InputError(
+                f"{path} stores compressed-tensors as {settings.get('format')}", hint="only pack-quantized is imported"
+            )
+        return Storage("compressed-tensors")
+    raise InputError(f"{path} has quant_method {method}", hint=f"what is imported: {KINDS}")
 
 
 def read_linear(tensors: Mapping[str, Tensor], storage: Storage, columns: int) -> tuple[readback.Triple, int]:
@@ -52,9 +68,15 @@ def read_linear(tensors: Mapping[str, Tensor], storage: Storage, columns: int) -
 
     Scales keep their type when numpy has it; bf16 becomes fp32.
     """
-    scales = tensors["scales"]
-    scale = (scales if str(scales.dtype) in ("torch.float16", "torch.float32") else scales.float()).numpy()
-    qweight, qzeros = tensors["qweight"].numpy(), tensors["qzeros"].numpy()
+    if storage.name == "compressed-tensors":
+        return _pack_quantized(tensors, columns)
+    scale = _scale(tensors["scales"])
+    qweight = tensors["qweight"].numpy()
+    if storage.name == "BitBLAS":
+        zeros = tensors["qzeros" if "qzeros" in tensors else "zeros"].numpy()
+        bits = qweight.shape[1] * 8 // columns
+        return readback.bitblas(qweight, zeros, scale, bits=bits), bits
+    qzeros = tensors["qzeros"].numpy()
     if storage.name == "AWQ":
         return readback.awq(qweight, qzeros, scale), 4
     _require_order(tensors.get("g_idx"), columns, len(scale))
@@ -65,6 +87,25 @@ def read_linear(tensors: Mapping[str, Tensor], storage: Storage, columns: int) -
     if bits not in (2, 3, 4, 8) or bits * columns != len(qweight) * 32:
         raise ValueError(f"{len(qweight)} words per output hold no 2, 3, 4 or 8 bits for {columns} inputs")
     return readback.gptq(qweight, qzeros, scale, bits=bits, stored_minus_one=storage.stored_minus_one), bits
+
+
+def _pack_quantized(tensors: Mapping[str, Tensor], columns: int) -> tuple[readback.Triple, int]:
+    """A symmetric linear stores no zero points: every one is the middle of the grid."""
+    packed, scale = tensors["weight_packed"].numpy(), _scale(tensors["weight_scale"])
+    _require_order(tensors.get("weight_g_idx"), columns, scale.shape[1])
+    bits = next((bits for bits in (2, 3, 4, 8) if packed.shape[1] == -(-columns * bits // 32)), 0)
+    if not bits:
+        raise ValueError(f"{packed.shape[1]} words per output hold no 2, 3, 4 or 8 bits for {columns} inputs")
+    if "weight_zero_point" in tensors:
+        zero_point = tensors["weight_zero_point"].numpy()
+        return readback.pack_quantized(packed, zero_point, scale, bits=bits, in_features=columns), bits
+    middle = np.full(scale.shape, 1 << (bits - 1), np.uint8)
+    return readback.Triple(readback.stream(packed, bits, columns), middle, scale), bits
+
+
+def _scale(scales: Tensor) -> NDArray[Any]:
+    """bf16 becomes fp32, which numpy has."""
+    return (scales if str(scales.dtype) in ("torch.float16", "torch.float32") else scales.float()).numpy()
 
 
 def _require_order(g_idx: Tensor | None, columns: int, groups: int) -> None:

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qatcli.formats.contract import RuntimeReport, Verification
 from qatcli.formats.runtimes.reference import Reference, reference
-from qatcli.packed import PackedCheckpoint
+from qatcli.packed import PackedCheckpoint, read_config
 
 PARAMETERS_AT_MOST = 3e9  # the reference computes in fp32 on the CPU
 _SECONDS = 1800
@@ -29,21 +30,21 @@ _SECONDS = 1800
 
 @dataclass(frozen=True)
 class Runtime:
-    """One library: the modules it needs, what installs it, and the precision of its activations."""
+    """One library: the modules it needs beyond ours, the extra that installs them, the precision of its activations."""
 
-    name: str
-    imports: tuple[str, ...]
-    install: str
+    imports: tuple[str, ...] = ()
+    extra: str = ""
     activations: str = "fp16"
 
 
 RUNTIMES = {
-    "gptqmodel": Runtime("gptqmodel", ("gptqmodel",), "pip install 'qatcli[gptq]'"),
-    "transformers": Runtime("transformers", ("gptqmodel", "optimum"), "pip install 'qatcli[gptq]'"),
-    "transformers-dense": Runtime("transformers", ("transformers",), "pip install qatcli"),
-    "compressed-tensors": Runtime("compressed-tensors", ("compressed_tensors",), "pip install compressed-tensors"),
-    "gguf": Runtime("gguf", ("gguf",), "pip install 'qatcli[gguf]'"),
-    "llama.cpp": Runtime("llama.cpp", ("xllamacpp",), "pip install xllamacpp", activations="8 bits"),
+    "gptqmodel": Runtime(("gptqmodel",), "gptq"),
+    "transformers": Runtime(("gptqmodel", "optimum"), "gptq"),
+    "transformers-dense": Runtime(),
+    "transformers-native": Runtime(),
+    "compressed-tensors": Runtime(("compressed_tensors",), "runtimes"),
+    "gguf": Runtime(("gguf",), "gguf"),
+    "llama.cpp": Runtime(("xllamacpp",), "runtimes", activations="8 bits"),
 }
 
 
@@ -55,11 +56,10 @@ def verify_in(
         return verification
     expected: Reference | None = None
     for name in runtimes:
-        obstacle = _obstacle(RUNTIMES[name], checkpoint)
-        if obstacle:
-            report = RuntimeReport(
-                name, ran=False, notes=(f"not verified in {name}: {obstacle}; integers were compared",)
-            )
+        why_not = obstacle(name, checkpoint, out)
+        if why_not:
+            note = f"not loaded in {name}: {why_not}; codes, zero points and scales were compared and are equal"
+            report = RuntimeReport(name, ran=False, notes=(note,))
         else:
             expected = expected or reference(checkpoint)
             report = run(name, checkpoint, out, expected)
@@ -67,14 +67,24 @@ def verify_in(
     return verification
 
 
-def run(name: str, checkpoint: PackedCheckpoint, out: Path, expected: Reference) -> RuntimeReport:
+def run(
+    name: str,
+    checkpoint: PackedCheckpoint,
+    out: Path,
+    expected: Reference,
+    *,
+    windows: NDArray[np.int64] | None = None,
+) -> RuntimeReport:
     """Load `out` in one runtime and compare with the reference.
 
-    Never raises for what the runtime does: it reports.
+    `windows` are token ids [W, T] whose perplexity the runtime computes. Never raises for what the runtime does: it
+    reports.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        found = Path(scratch, "found")
-        failure = _child(name, checkpoint.path, out, found)
+        found, asked = Path(scratch, "found"), Path(scratch, "windows.npy")
+        if windows is not None:
+            np.save(asked, windows)
+        failure = _child(name, checkpoint.path, out, found, *([asked] if windows is not None else []))
         if failure:
             return RuntimeReport(name, ran=True, differences=(f"{name} failed: {failure}",))
         facts = json.loads(found.with_suffix(".json").read_text(encoding="utf-8"))
@@ -86,22 +96,31 @@ def run(name: str, checkpoint: PackedCheckpoint, out: Path, expected: Reference)
     largest = float(np.abs(actual[..., : expected.logits.shape[-1]] - expected.logits).max())
     if not largest <= tolerance:  # also catches a difference that is not a number
         differences += (f"logits in {facts['runtime']} differ by {largest:.4g}, more than {tolerance:.4g}",)
-    return RuntimeReport(facts["runtime"], True, differences, largest, tolerance, notes)
+    measured = facts["perplexity"], facts["text"]
+    return RuntimeReport(facts["runtime"], True, differences, largest, tolerance, notes, *measured)
 
 
-def _obstacle(runtime: Runtime, checkpoint: PackedCheckpoint) -> str | None:
-    """Why this runtime cannot be asked here, or None."""
-    for module in runtime.imports:
+def obstacle(name: str, checkpoint: PackedCheckpoint, out: Path) -> str | None:
+    """Why this runtime cannot be asked about the export `out` here, or None."""
+    for module in RUNTIMES[name].imports:
         if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed (`{runtime.install}`)"
+            return f"{module} is not installed, `pip install 'qatcli[{RUNTIMES[name].extra}]'` brings it"
     if _parameters(checkpoint) > PARAMETERS_AT_MOST:
         return f"more than {PARAMETERS_AT_MOST:.0e} parameters"
+    if name == "transformers" and _has_overrides(out):
+        return "it reads one number of bits and one group size for all linears"
     return None
 
 
-def _child(task: str, checkpoint: Path, out: Path, result: Path) -> str | None:
+def _has_overrides(out: Path) -> bool:
+    """Whether GPTQ settings give some linears other bits or groups."""
+    dynamic = read_config(out)["quantization_config"].get("dynamic", {})
+    return any(pattern.startswith("+:") for pattern in dynamic)
+
+
+def _child(task: str, *paths: Path) -> str | None:
     """Run one task in a process of its own; the last line of its error output when it failed."""
-    command = [sys.executable, "-m", "qatcli.formats.runtimes.child", task, str(checkpoint), str(out), str(result)]
+    command = [sys.executable, "-m", "qatcli.formats.runtimes.child", task, *map(str, paths)]
     quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     try:
@@ -111,6 +130,8 @@ def _child(task: str, checkpoint: Path, out: Path, result: Path) -> str | None:
     if done.returncode == 0:
         return None
     lines = [line for line in done.stderr.splitlines() if line.strip()]
+    if done.returncode < 0:
+        return f"killed by signal {-done.returncode}"
     return lines[-1] if lines else f"exit code {done.returncode}"
 
 

@@ -1,7 +1,8 @@
-"""One task of a verification, in its own process: `python -m qatcli.formats.runtimes.child TASK CHECKPOINT OUT RESULT`.
+"""One task of a verification in its own process: `python -m qatcli.formats.runtimes.child TASK CHECKPOINT OUT RESULT`.
 
-Writes RESULT.json {runtime, differences, notes} and, where the task computes them, RESULT.npy: fp32 logits [B, T, V]
-of `prompts`. TASK is a key of `RUNTIMES`.
+Writes RESULT.json, the `Finding`, and, where the runtime computes them, RESULT.npy: fp32 logits [B, T, V] of
+`prompts`. A fifth argument names a .npy file of token ids [W, T]: then their perplexity and a continuation of `PROMPT`
+are measured, too. TASK is a key of `RUNTIMES`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from numpy.typing import NDArray
 from qatcli.formats import source
 from qatcli.formats.compare import TensorFiles
 from qatcli.formats.compressed_tensors import SUFFIXES as PARTS
-from qatcli.formats.runtimes.reference import dense_weight, logits, prompts
-from qatcli.packed import PackedCheckpoint
+from qatcli.formats.gguf_tokenizer import load_tokenizer
+from qatcli.formats.runtimes.loaders import LOADERS, Loaded
+from qatcli.formats.runtimes.reference import dense_weight, perplexity, prompts
+from qatcli.packed import PackedCheckpoint, read_config
 
 TEXT = "Hello, world! It's 2024: the 3 dogs (and 12345 cats)\nran  home. caf\u00e9 \u4f60\u597d"
+PROMPT, TOKENS = "The capital of France is", 12
 ULP = 2.0**-10  # of fp16, relative: the library dequantizes in fp16, we in fp32
 
 
@@ -33,48 +37,36 @@ class Finding:
     """What a task found."""
 
     runtime: str
-    logits: NDArray[np.float32] | None = None
     differences: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    perplexity: float | None = None
+    text: str | None = None
 
 
-def in_gptqmodel(checkpoint: PackedCheckpoint, out: Path) -> Finding:
-    """GPTQModel's TorchLinear on the CPU: dequantized weights and logits."""
-    from gptqmodel import BACKEND, GPTQModel
-
-    awq = json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
-    backend = BACKEND.TORCH_AWQ if awq and hasattr(BACKEND, "TORCH_AWQ") else BACKEND.TORCH
-    model = GPTQModel.load(str(out), device="cpu", backend=backend, dtype=torch.float16).model
-    finding = Finding(f"gptqmodel {version('gptqmodel')}", logits(model))
-    _compare_weights(checkpoint, _weights_by_identity(model, checkpoint), finding)
-    return finding
+Task = Callable[[PackedCheckpoint, Path], tuple[Finding, Loaded | None]]
 
 
-def in_transformers(checkpoint: PackedCheckpoint, out: Path) -> Finding:
-    """transformers with its own choice of kernel (optimum and gptqmodel)."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(out, device_map="cpu", dtype=torch.float16)
-    return Finding(f"transformers {version('transformers')}", logits(model))
-
-
-def in_transformers_dense(checkpoint: PackedCheckpoint, out: Path) -> Finding:
-    """transformers, an ordinary dense checkpoint."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    return Finding(f"transformers {version('transformers')}", logits(model))
+def in_kernels(task: str, dtype: torch.dtype, checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, Loaded]:
+    """A runtime whose quantized linears are modules: the weights they compute with, and logits."""
+    loaded = LOADERS[task](out)
+    finding = Finding(loaded.name)
+    _compare_weights(checkpoint, _weights_by_identity(loaded.model, checkpoint, dtype), finding)
+    return finding, loaded
 
 
-def in_compressed_tensors(checkpoint: PackedCheckpoint, out: Path) -> Finding:
+def in_plain(task: str, checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, Loaded]:
+    """A runtime that is asked for logits only."""
+    loaded = LOADERS[task](out)
+    return Finding(loaded.name), loaded
+
+
+def in_compressed_tensors(checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, Loaded | None]:
     """compressed-tensors decompresses every linear; transformers loads the model unless its linears differ in kind."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     finding = Finding(f"compressed-tensors {version('compressed-tensors')}")
-    settings = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    schemes = QuantizationConfig.model_validate(settings).config_groups.values()
+    schemes = QuantizationConfig.model_validate(read_config(out)["quantization_config"]).config_groups.values()
     files = TensorFiles.open(out)
 
     def weights() -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -89,55 +81,56 @@ def in_compressed_tensors(checkpoint: PackedCheckpoint, out: Path) -> Finding:
     _compare_weights(checkpoint, weights(), finding)
     if len(schemes) > 1:
         finding.notes.append("logits not compared: transformers reads one config group and this model has several")
-        return finding
-    config = CompressedTensorsConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(out, quantization_config=config, dtype=torch.float32)
-    finding.logits = logits(model)
-    return finding
+        return finding, None
+    loaded = LOADERS["compressed-tensors"](out)
+    finding.runtime = loaded.name
+    return finding, loaded
 
 
-def in_gguf(checkpoint: PackedCheckpoint, out: Path) -> Finding:
+def in_gguf(checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, None]:
     """gguf-py's reader and dequantizer."""
     from qatcli.formats.runtimes.gguf_files import check_with_gguf_py
 
-    differences, notes = check_with_gguf_py(checkpoint, out)
-    return Finding(f"gguf {version('gguf')}", None, differences, notes)
+    return Finding(f"gguf {version('gguf')}", *check_with_gguf_py(checkpoint, out)), None
 
 
-def in_llama_cpp(checkpoint: PackedCheckpoint, out: Path) -> Finding:
+def in_llama_cpp(checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, Loaded]:
     """llama.cpp on the CPU: tokens of a fixed text as the checkpoint's own tokenizer gives them, and logits."""
-    from qatcli.formats.gguf_tokenizer import load_tokenizer
-    from qatcli.formats.runtimes.llama_cpp import LlamaCpp
-
-    finding = Finding(f"llama.cpp (xllamacpp {version('xllamacpp')})")
-    with LlamaCpp(next(out.glob("*.gguf"))) as model:
-        expected = load_tokenizer(checkpoint.path)(TEXT)["input_ids"]
-        found = model.tokenize(TEXT)
-        if found != expected:
-            finding.differences.append(f"llama.cpp tokenizes to {found[:12]}..., the tokenizer to {expected[:12]}...")
-        finding.logits = np.stack([model.logits(ids) for ids in prompts(checkpoint.config["vocab_size"]).tolist()])
-    return finding
+    loaded = LOADERS["llama.cpp"](out)
+    finding = Finding(loaded.name)
+    expected = load_tokenizer(checkpoint.path)(TEXT)["input_ids"]
+    found = loaded.tokenize(TEXT) if loaded.tokenize else []
+    if found != expected:
+        finding.differences.append(f"llama.cpp tokenizes to {found[:12]}..., the tokenizer to {expected[:12]}...")
+    return finding, loaded
 
 
-TASKS: dict[str, Callable[[PackedCheckpoint, Path], Finding]] = {
-    "gptqmodel": in_gptqmodel,
-    "transformers": in_transformers,
-    "transformers-dense": in_transformers_dense,
+TASKS: dict[str, Task] = {
+    "gptqmodel": lambda checkpoint, out: in_kernels("gptqmodel", torch.float16, checkpoint, out),
+    "transformers": lambda checkpoint, out: in_plain("transformers", checkpoint, out),
+    "transformers-dense": lambda checkpoint, out: in_plain("transformers-dense", checkpoint, out),
+    "transformers-native": lambda checkpoint, out: in_kernels("transformers-native", torch.float32, checkpoint, out),
     "compressed-tensors": in_compressed_tensors,
     "gguf": in_gguf,
     "llama.cpp": in_llama_cpp,
 }
 
 
-def _weights_by_identity(model: Any, checkpoint: PackedCheckpoint) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Weights as the kernel itself computes with them: the response to unit vectors. Biases are set to zero for it."""
+def _weights_by_identity(
+    model: Any, checkpoint: PackedCheckpoint, dtype: torch.dtype
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Weights as the kernel itself computes with them: the response to unit vectors, without the bias."""
     modules = dict(model.named_modules())
     for name, quant in checkpoint.modules.items():
         module = modules[name]
-        if getattr(module, "bias", None) is not None:
-            module.bias.data.zero_()
+        bias = getattr(module, "bias", None)
+        kept = None if bias is None else bias.data.clone()
+        if bias is not None:
+            bias.data.zero_()
         with torch.inference_mode():
-            columns = [module(rows).float() for rows in torch.eye(quant.in_features, dtype=torch.float16).split(1024)]
+            columns = [module(rows).float() for rows in torch.eye(quant.in_features, dtype=dtype).split(1024)]
+        if bias is not None:
+            bias.data.copy_(kept)
         yield name, torch.cat(columns).T.numpy()
 
 
@@ -152,17 +145,32 @@ def _compare_weights(
             finding.differences.append(
                 f"{finding.runtime} reads {wrong} of {expected.size} weights of {name} differently"
             )
-    finding.notes.append(f"{finding.runtime} dequantized {len(checkpoint.modules)} linears, equal to one fp16 ulp")
+    if not finding.differences:
+        finding.notes.append(f"{finding.runtime} dequantized {len(checkpoint.modules)} linears, equal to one fp16 ulp")
 
 
-def main(task: str, checkpoint: str, out: str, result: str) -> None:
+def _continuation(loaded: Loaded, checkpoint: PackedCheckpoint) -> str:
+    """`TOKENS` greedy tokens after `PROMPT`, as text."""
+    tokenizer = load_tokenizer(checkpoint.path)
+    ids = loaded.tokenize(PROMPT) if loaded.tokenize else tokenizer(PROMPT)["input_ids"]
+    start = len(ids)
+    for _ in range(TOKENS):
+        ids = [*ids, int(loaded.logits(ids)[-1].argmax())]
+    return str(tokenizer.decode(ids[start:]))
+
+
+def main(task: str, checkpoint_path: str, out: str, result: str, windows: str = "") -> None:
     """Run one task and write its result."""
     torch.manual_seed(0)
-    finding = TASKS[task](PackedCheckpoint.open(Path(checkpoint)), Path(out))
-    facts = {"runtime": finding.runtime, "differences": finding.differences, "notes": finding.notes}
-    Path(result).with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
-    if finding.logits is not None:
-        np.save(Path(result).with_suffix(".npy"), finding.logits)
+    checkpoint = PackedCheckpoint.open(Path(checkpoint_path))
+    finding, loaded = TASKS[task](checkpoint, Path(out))
+    if loaded is not None:
+        asked = prompts(checkpoint.config["vocab_size"]).tolist()
+        np.save(Path(result).with_suffix(".npy"), np.stack([loaded.logits(ids) for ids in asked]))
+    if loaded is not None and windows:
+        finding.perplexity = perplexity(loaded.logits, np.load(windows))
+        finding.text = _continuation(loaded, checkpoint)
+    Path(result).with_suffix(".json").write_text(json.dumps(asdict(finding)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""llama.cpp on the CPU through its C interface: logits, tokens and text.
+"""llama.cpp on the CPU through its C interface: logits and tokens.
 
 The library is the one inside the package `xllamacpp`, whose wheels are built for any Linux; its Python interface is a
 server, which does not give logits at every position, so the exported C functions are called with ctypes. Parameter
@@ -63,10 +63,6 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
             ctypes.c_bool,
             ctypes.c_bool,
         ],
-    ),
-    "llama_token_to_piece": (
-        ctypes.c_int32,
-        [ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_bool],
     ),
     "llama_free": (None, [ctypes.c_void_p]),
     "llama_model_free": (None, [ctypes.c_void_p]),
@@ -149,16 +145,3 @@ class LlamaCpp:
             return values.astype(np.float32, copy=True)
         finally:
             library.llama_batch_free(batch)
-
-    def generate(self, prompt: str, tokens: int) -> str:
-        """Greedy continuation of `prompt`."""
-        ids = self.tokenize(prompt)
-        start = len(ids)
-        for _ in range(tokens):
-            ids.append(int(self.logits(ids)[-1].argmax()))
-        return b"".join(self._piece(token) for token in ids[start:]).decode(errors="replace")
-
-    def _piece(self, token: int) -> bytes:
-        buffer = ctypes.create_string_buffer(256)
-        count = self._library.llama_token_to_piece(self._vocabulary, token, buffer, len(buffer), 0, True)
-        return buffer.raw[: max(count, 0)]

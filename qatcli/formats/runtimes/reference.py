@@ -106,3 +106,16 @@ def logits(model: Any, ids: NDArray[np.int64] | None = None) -> NDArray[np.float
         ids = prompts(int(model.config.get_text_config().vocab_size))
     with torch.inference_mode():
         return np.asarray(model(input_ids=torch.from_numpy(ids)).logits.float())
+
+
+def perplexity(logits_of: Callable[[list[int]], NDArray[np.float32]], windows: NDArray[np.int64]) -> float:
+    """Perplexity of the token ids `windows` [W, T]; `logits_of` gives the logits [T, V] of one window.
+
+    The first token of a window is not predicted.
+    """
+    losses = []
+    for window in windows.tolist():
+        scores = logits_of(window)[:-1].astype(np.float64)
+        scores -= scores.max(axis=-1, keepdims=True)
+        losses.append(np.log(np.exp(scores).sum(axis=-1)) - scores[np.arange(len(scores)), window[1:]])
+    return float(np.exp(np.mean(losses)))

@@ -47,7 +47,7 @@ MODELS = {
     "llama": transformers.LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=True, rope_parameters=LLAMA3),
     "mistral": transformers.MistralConfig(**SIZES, head_dim=32, sliding_window=None),
     "qwen2": transformers.Qwen2Config(
-        **SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+        **SIZES, tie_word_embeddings=True, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     ),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
     "gemma3": transformers.Gemma3TextConfig(**SIZES, head_dim=32, query_pre_attn_scalar=32, sliding_window=64),
@@ -97,16 +97,55 @@ def test_architecture_is_written_and_read_back(
     assert file.tensors["blk.0.attn_norm.weight"].type_name == "F32"
 
 
+@pytest.fixture
+def in_llama_cpp(tmp_path: Path) -> Callable[..., Path]:
+    """A function (checkpoint, **options) that exports it and has llama.cpp compute its logits; the export."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install 'qatcli[runtimes]')")
+
+    def check(checkpoint: PackedCheckpoint, **options: str) -> Path:
+        out = tmp_path / "llama.cpp"
+        FORMATS["gguf"].write(checkpoint, out, replace(OPTIONS, **options))
+        report = run("llama.cpp", checkpoint, out, reference(checkpoint))
+        assert report.ran
+        assert report.differences == ()
+        return out
+
+    return check
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "embedding"),
+    [*((name, "F16") for name in MODELS), ("llama", "Q8_0"), ("mistral", "Q8_0"), ("qwen2", "Q8_0")],
+)
 def test_llama_cpp_computes_the_same_logits(
-    model_of: Callable[[str], PackedCheckpoint], tmp_path: Path, name: str
+    model_of: Callable[[str], PackedCheckpoint], in_llama_cpp: Callable[..., Path], name: str, embedding: str
 ) -> None:
-    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install xllamacpp)")
-    FORMATS["gguf"].write(model_of(name), tmp_path / "out", OPTIONS)
-    report = run("llama.cpp", model_of(name), tmp_path / "out", reference(model_of(name)))
-    assert report.ran
-    assert report.differences == ()
+    file = open_gguf(in_llama_cpp(model_of(name), gguf_embedding=embedding) / "model.gguf")
+    assert file.tensors["token_embd.weight"].type_name == embedding
+    assert ("output.weight" in file.tensors) == (not MODELS[name].tie_word_embeddings)
+
+
+@pytest.mark.slow
+def test_llama_cpp_runs_q2_0(tiny_llama: Path, pack: Packed, tmp_path: Path, in_llama_cpp: Callable[..., Path]) -> None:
+    # down_proj has 96 inputs, which are no multiple of the block's 64.
+    checkpoint = pack(tiny_llama, tmp_path / "p", bits=2, group_size=64, symmetric=True, skip=("down_proj",))
+    assert _types(in_llama_cpp(checkpoint)) == {"Q2_0", "F16"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "wanted"), [(2, "Q2_K"), (4, "Q4_K"), (3, "Q8_0"), (4, "Q5_0")])
+def test_llama_cpp_runs_every_other_type(
+    save_tiny_llama: Callable[..., Path],
+    pack: Packed,
+    tmp_path: Path,
+    in_llama_cpp: Callable[..., Path],
+    bits: int,
+    wanted: str,
+) -> None:
+    wide = save_tiny_llama("wide", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    checkpoint = pack(wide, tmp_path / "p", bits=bits, group_size=256)
+    assert _types(in_llama_cpp(checkpoint, gguf_type=wanted)) == {wanted}
 
 
 def _types(out: Path) -> set[str]:

@@ -40,6 +40,11 @@ def _same(found: PackedCheckpoint, expected: PackedCheckpoint) -> None:
         ("gptq", 8, {}),
         ("gptq", 2, {"kinds": {"layers.1.mlp.down_proj": (4, 32)}, "skip": ("layers.0.self_attn",)}),
         ("awq", 4, {}),
+        ("bitblas", 2, {}),
+        ("bitblas", 4, {"group_size": -1}),
+        ("compressed-tensors", 2, {}),
+        ("compressed-tensors", 3, {"symmetric": True}),
+        ("compressed-tensors", 4, {"kinds": {"layers.1.mlp.down_proj": (8, -1)}, "skip": ("layers.0.self_attn",)}),
     ],
 )
 def test_our_own_exports_come_back(
@@ -133,6 +138,7 @@ def test_columns_out_of_order_are_refused(packed: Packed, tmp_path: Path) -> Non
         ({"quant_method": "bitsandbytes"}, "quant_method bitsandbytes"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "stores GPTQ as marlin"),
         ({"quant_method": "awq", "version": "gemv", "bits": 4}, "stores AWQ gemv"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "stores compressed-tensors as float"),
     ],
 )
 def test_unknown_kinds_are_refused(packed: Packed, tmp_path: Path, settings: dict[str, object], message: str) -> None:

@@ -4,41 +4,51 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from qatcli.formats import FORMATS, ExportOptions
 from qatcli.formats.contract import Verification
-from qatcli.formats.runtimes import RUNTIMES, run, verify_in
-from qatcli.formats.runtimes.reference import prompts, reference
+from qatcli.formats.runtimes import RUNTIMES, obstacle, run, verify_in
+from qatcli.formats.runtimes.reference import dense_model, logits, perplexity, prompts, reference
 from qatcli.packed import PackedCheckpoint
 
 Packed = Callable[..., PackedCheckpoint]
+ROOT = Path(__file__).resolve().parents[3]
 WITHOUT = ExportOptions(runtimes=False)
 
 
 def _needs(name: str) -> None:
     missing = [module for module in RUNTIMES[name].imports if importlib.util.find_spec(module) is None]
     if missing:
-        pytest.skip(f"{missing[0]} is not installed ({RUNTIMES[name].install})")
+        pytest.skip(f"{missing[0]} is not installed (pip install 'qatcli[{RUNTIMES[name].extra}]')")
 
 
 _MIXED = {"kinds": {"layers.1.mlp.down_proj": (4, 32)}, "skip": ("layers.0.self_attn",)}
 CASES = [
     ("gptq", "gptqmodel", 2, _MIXED),
     ("gptq", "gptqmodel", 3, {"group_size": -1}),
+    ("gptq", "gptqmodel", 8, {}),
     ("gptq", "transformers", 4, {"symmetric": True}),
+    ("gptq", "transformers", 2, {"skip": ("layers.0.self_attn", "layers.1.mlp.up_proj")}),
     ("awq", "gptqmodel", 4, {}),
+    ("awq", "transformers", 2, _MIXED),
     ("compressed-tensors", "compressed-tensors", 3, _MIXED),
     ("compressed-tensors", "compressed-tensors", 4, {"symmetric": True}),
-    ("dense", "transformers-dense", 2, {}),
+    ("compressed-tensors", "compressed-tensors", 8, {}),
+    ("native", "transformers-native", 3, _MIXED),
+    ("native", "transformers-native", 8, {}),
+    ("dense", "transformers-dense", 2, _MIXED),
     ("gguf", "gguf", 2, {}),
     ("gguf", "llama.cpp", 4, {}),
+    ("gguf", "llama.cpp", 3, _MIXED),
 ]
 
 
@@ -49,7 +59,10 @@ def test_runtime_computes_what_the_checkpoint_says(
 ) -> None:
     _needs(runtime)
     checkpoint = packed(bits, **options)
-    FORMATS[format_name].write(checkpoint, tmp_path / "out", WITHOUT)
+    # Files this small make many shards: every runtime has to find its tensors through the index.
+    options = replace(WITHOUT, awq_promote=True, max_shard_bytes=60_000)
+    FORMATS[format_name].write(checkpoint, tmp_path / "out", options)
+    assert format_name == "gguf" or (tmp_path / "out" / "model.safetensors.index.json").is_file()
     report = run(runtime, checkpoint, tmp_path / "out", reference(checkpoint))
     assert report.ran
     assert report.differences == ()
@@ -59,11 +72,28 @@ def test_runtime_computes_what_the_checkpoint_says(
 
 
 @pytest.mark.slow
+def test_perplexity_in_a_runtime_is_the_checkpoints_own(packed: Packed, tmp_path: Path) -> None:
+    checkpoint, out = packed(4), tmp_path / "out"
+    FORMATS["native"].write(checkpoint, out, WITHOUT)
+    windows = prompts(258)
+    report = run("transformers-native", checkpoint, out, reference(checkpoint), windows=windows)
+    model = dense_model(checkpoint)
+    expected = perplexity(lambda ids: logits(model, np.array([ids]))[0], windows)
+    assert report.perplexity == pytest.approx(expected, rel=1e-2)
+    assert report.text
+    tokens = torch.from_numpy(windows)
+    with torch.inference_mode():
+        loss = torch.stack([model(input_ids=row[None], labels=row[None]).loss for row in tokens]).mean()
+    assert expected == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("format_name", "runtime", "tensor"),
     [
         ("gptq", "gptqmodel", "qzeros"),
         ("dense", "transformers-dense", "weight"),
+        ("native", "transformers-native", "weight_scale"),
     ],
 )
 def test_runtime_notices_a_changed_tensor(
@@ -74,7 +104,7 @@ def test_runtime_notices_a_changed_tensor(
     FORMATS[format_name].write(checkpoint, out, WITHOUT)
     tensors = load_file(out / "model.safetensors")
     name = f"model.layers.0.mlp.up_proj.{tensor}"
-    tensors[name] = tensors[name] * 2 if tensor == "weight" else tensors[name] - 0x11111111
+    tensors[name] = tensors[name] * 2 if tensor.startswith("weight") else tensors[name] - 0x11111111
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     assert run(runtime, checkpoint, out, reference(checkpoint)).differences
 
@@ -82,15 +112,29 @@ def test_runtime_notices_a_changed_tensor(
 def test_missing_runtime_is_a_note_that_names_the_extra(
     packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    absent = replace(RUNTIMES["gptqmodel"], imports=("no_such_package",))
-    monkeypatch.setitem(RUNTIMES, "gptqmodel", absent)
-    checkpoint = packed(2)
     good = Verification("gptq", "reader", 21, True, True, True)
-    result = verify_in(good, ("gptqmodel",), checkpoint, tmp_path)
-    assert result.passed
-    assert result.max_logit_difference is None
-    assert "no_such_package" in result.notes[0]
-    assert "qatcli[gptq]" in result.notes[0]
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    for name, runtime in RUNTIMES.items():
+        assert bool(runtime.imports) == (runtime.extra in extras)
+        if runtime.imports:
+            monkeypatch.setitem(RUNTIMES, name, replace(runtime, imports=("no_such_package",)))
+            result = verify_in(good, (name,), packed(2), tmp_path)
+            assert result.passed
+            assert result.max_logit_difference is None
+            assert result.notes == (
+                f"not loaded in {name}: no_such_package is not installed, "
+                f"`pip install 'qatcli[{runtime.extra}]'` brings it; "
+                "codes, zero points and scales were compared and are equal",
+            )
+
+
+def test_transformers_is_not_asked_about_overrides_it_does_not_read(packed: Packed, tmp_path: Path) -> None:
+    for name, options in (("mixed", _MIXED), ("uniform", {})):
+        FORMATS["gptq"].write(packed(2, **options), tmp_path / name, WITHOUT)
+    assert "one number of bits" in str(obstacle("transformers", packed(2, **_MIXED), tmp_path / "mixed"))
+    assert obstacle("gptqmodel", packed(2, **_MIXED), tmp_path / "mixed") is None
+    assert obstacle("transformers", packed(2), tmp_path / "uniform") is None
+    assert "| transformers | up to 5.23 | `export native or dense` |" in (tmp_path / "mixed/README.md").read_text()
 
 
 def test_runtime_that_cannot_load_the_export_is_a_difference(packed: Packed, tmp_path: Path) -> None:

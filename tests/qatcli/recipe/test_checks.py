@@ -38,8 +38,21 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"e2e_qp": {"lr_scales": 0}}, "e2e_qp.lr_scales", "must be above 0, or take scales out of"),
     ({"e2e_qp": {"lr_norms": 0.02}}, "e2e_qp.lr_norms", "has no effect: add norms"),
     ({"eval": {"perplexity": [{"name": "a", "source": "c4"}] * 2}}, "eval.perplexity.1.name", "used by an earlier"),
+    ({"expect": {"wikitxt2": {"value": 6.8}}}, "expect.wikitxt2", "not measured by `eval`; did you mean wikitext2?"),
+    ({"expect": {"piqa": {"value": 0.7}}}, "expect.piqa", "not measured by `eval`"),
+    (
+        {"eval": {"kl": False}, "expect": {"wikitext2.kl": {"value": 0.1}, "wikitext2": {"value": 6.8}}},
+        "expect.wikitext2.kl",
+        "not measured by `eval`",
+    ),
     ({"model": {"source": "/m.gguf", "gguf_file": "a"}}, "model.gguf_file", "model.source already names a GGUF file"),
     ({"model": {"source": "/none", "gguf_file": "a"}}, "model.gguf_file", "no such file in /none"),
+    ({"calibrate": {"data": [{"source": "./a.txt", "name": "en"}]}}, "calibrate.data.0.name", "no effect on local"),
+    (
+        {"e2e_qp": {"data": [{"source": "a/b"}, {"source": "a/b", "files": "*", "streaming": True}]}},
+        "e2e_qp.data.1.streaming",
+        "no effect beside `files`",
+    ),
 ]
 
 
@@ -66,6 +79,13 @@ def test_defaults_do_not_contradict(build: Callable[..., Recipe], method: str, b
 
 def test_a_symmetric_grid_takes_any_init(build: Callable[..., Recipe]) -> None:
     assert contradictions(build(quant={"symmetric": True, "init": "minmax"}), set()) == []
+
+
+def test_every_figure_that_is_measured_may_be_expected(build: Callable[..., Recipe]) -> None:
+    tasks = {"tasks": ["piqa", "mmlu"]}
+    names = ("wikitext2", "wikitext2.kl", "wikitext2.top1_agreement", "piqa", "mmlu_anatomy", "zero_shot")
+    expect = {name: {"value": 1.0} for name in (*names, "bits_per_weight")}
+    assert contradictions(build(eval={"zero_shot": tasks}, expect=expect), set()) == []
 
 
 def test_checks_name_keys_of_the_schema() -> None:

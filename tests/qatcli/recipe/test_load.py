@@ -70,8 +70,8 @@ def test_everything_is_reported_at_once(
             "FILE: quant.groupsize = 64: unknown key; one of bits, group_size, symmetric, init, overrides, skip; did "
             "you mean group_size?",
             'FILE: calibrate.data.0.source = "${QAT_NOT_SET}/a.jsonl": the environment variable QAT_NOT_SET is not set',
-            'FILE: calibrate.data.0.fromat = "text": unknown key; one of source, name, split, field, weight, '
-            "streaming, format; did you mean format?",
+            'FILE: calibrate.data.0.fromat = "text": unknown key; one of source, name, split, revision, files, '
+            "field, weight, streaming, format, template, packing, bos; did you mean format?",
             "FILE: calibrate.samples = true: must be a number",
             'FILE: calibrate.seq_len = "many": should be a valid integer, unable to parse string as an integer',
             "FILE: calibrate.epochs = 3: unknown key; one of data, samples, validation_samples, seq_len, seed, "

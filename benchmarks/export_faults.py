@@ -1,0 +1,150 @@
+"""Three faults that exports of other tools were published with, put into a written export and taken out again.
+
+A fault is an edit of bytes in the file, found through the file's own header: nothing of the writers is used, but for
+GGUF's block encoders. `python benchmarks/export_matrix.py` prints which are caught; the tests inject the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qatcli.formats import gguf_model, source
+from qatcli.formats.gguf_compare import gguf_name
+from qatcli.formats.gguf_readback import open_gguf
+from qatcli.formats.layouts.gguf_blocks import TYPES
+from qatcli.packed import PackedCheckpoint
+from qatcli.shards import read_header
+
+U8 = NDArray[np.uint8]
+FAULTS = ("flipped bit", "zero points off by one", "swapped nibbles")
+CODES = {"gptq": "qweight", "bitblas": "qweight", "awq": "qweight", "dense": "weight"}
+ZEROS = {"gptq": "qzeros", "bitblas": "qzeros", "awq": "qzeros"}
+QUANTS = {"Q4_0": 2, "Q4_1": 4, "Q5_0": 6, "Q8_0": 2, "Q2_0": 2, "Q2_K": 16, "Q4_K": 16}  # where a block's codes begin
+QUANTS_END = {"Q2_K": 80}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is: its file, the offset of its first byte, its size in bytes, shape, and GGUF type or dtype."""
+
+    file: Path
+    offset: int
+    bytes: int
+    shape: tuple[int, ...]
+    kind: str
+
+
+@contextmanager
+def injected(fault: str, checkpoint: PackedCheckpoint, out: Path, format_name: str) -> Iterator[str]:
+    """Damage one linear of the export `out` inside the `with` block; yields the linear's name.
+
+    ValueError when the format has no such thing: dense weights are no nibbles, a symmetric model has no zero points.
+    """
+    name = list(checkpoint.modules)[len(checkpoint.modules) // 2]
+    place, damage = _damage(fault, checkpoint, out, format_name, name)
+    with open(place.file, "r+b") as handle:
+        handle.seek(place.offset)
+        good = handle.read(place.bytes)
+        bad = damage(np.frombuffer(good, np.uint8).copy()).tobytes()
+        if len(bad) != len(good) or bad == good:
+            raise ValueError(f"{fault} changes nothing in {format_name}")
+        handle.seek(place.offset)
+        handle.write(bad)
+        handle.flush()
+        try:
+            yield name
+        finally:
+            handle.seek(place.offset)
+            handle.write(good)
+
+
+def _damage(
+    fault: str, checkpoint: PackedCheckpoint, out: Path, format_name: str, name: str
+) -> tuple[Place, Callable[[U8], U8]]:
+    """The place to damage, and a function from its bytes to the damaged ones."""
+    if format_name == "gguf":
+        codes = _in_gguf(next(out.glob("*.gguf")), gguf_name(checkpoint, name + ".weight"))
+    else:
+        places = tensor_places(out)
+        codes = places[f"{name}.{CODES.get(format_name, 'weight_packed')}"]
+    if fault == "flipped bit":
+        return codes, _flip
+    if fault == "swapped nibbles":
+        if format_name == "dense":
+            raise ValueError("dense weights are no nibbles")
+        return codes, lambda raw: _swap(raw, codes.kind)
+    linear = source.arrays(checkpoint, name)
+    if format_name == "gguf":
+        return codes, lambda _: _other_zeros_gguf(checkpoint, name, linear, codes.kind)
+    if format_name == "dense":
+        return codes, lambda raw: _other_zeros_dense(raw, linear)
+    tensor = f"{name}.{ZEROS.get(format_name, 'weight_zero_point')}"
+    if tensor not in places:
+        raise ValueError("a symmetric model stores no zero points")
+    zeros = places[tensor]
+    bits = 4 if format_name == "awq" or (format_name == "bitblas" and linear.bits == 3) else linear.bits
+    down_columns = format_name in ("native", "compressed-tensors")
+    return zeros, lambda raw: _minus_one(raw, bits, zeros.shape if down_columns else None)
+
+
+def _flip(raw: U8) -> U8:
+    raw[len(raw) // 2] ^= 1
+    return raw
+
+
+def _swap(raw: U8, kind: str) -> U8:
+    blocks = raw.reshape(-1, TYPES[kind].bytes) if kind in TYPES else raw.reshape(1, -1)
+    codes = blocks[:, QUANTS.get(kind, 0) : QUANTS_END.get(kind)]
+    codes[...] = codes << 4 | codes >> 4
+    return raw
+
+
+def _minus_one(raw: U8, bits: int, shape: tuple[int, ...] | None) -> U8:
+    """Every field of a dense little-endian stream one lower, modulo 2^bits, as version 1 of GPTQ stores zero points."""
+    words = raw.view(np.int32).reshape(shape).T if shape else None
+    stream = raw if words is None else np.ascontiguousarray(words).view(np.uint8)
+    rows = stream.reshape(-1, stream.shape[-1])
+    usable = rows.shape[1] * 8 // bits
+    single = np.unpackbits(rows, axis=1, bitorder="little")
+    fields = single[:, : usable * bits].reshape(len(rows), usable, bits) @ (1 << np.arange(bits))
+    lower = (fields - 1) % (1 << bits)
+    single[:, : usable * bits] = (lower[..., None] >> np.arange(bits) & 1).reshape(len(rows), -1)
+    packed = np.packbits(single, axis=1, bitorder="little")
+    return packed if words is None else np.ascontiguousarray(packed.view(np.int32).T).view(np.uint8)
+
+
+def _other_zeros_dense(raw: U8, linear: source.Arrays) -> U8:
+    """Weights of q - (z - 1): one step higher."""
+    weight = raw.view(np.float16)
+    step = np.repeat(linear.scale, linear.codes.shape[1] // linear.scale.shape[1], axis=1).reshape(-1)
+    return (weight.astype(np.float32) + step).astype(np.float16).view(np.uint8)
+
+
+def _other_zeros_gguf(checkpoint: PackedCheckpoint, name: str, linear: source.Arrays, kind: str) -> U8:
+    """The blocks of the linear with other zero points: one lower, or for Q2_0, which has two, the other one."""
+    lower = linear.zero_point - np.uint8(1) & np.uint8((1 << linear.bits) - 1)
+    zero_point = 3 - linear.zero_point if kind == "Q2_0" else lower
+    codes = np.minimum(linear.codes, 14) if kind == "Q4_0" else linear.codes  # 15 - 7 + 8 is no nibble
+    order = gguf_model.row_order(checkpoint, name + ".weight")
+    rows = slice(None) if order is None else order
+    return TYPES[kind].encode(codes[rows], zero_point[rows], linear.scale[rows])
+
+
+def tensor_places(out: Path) -> dict[str, Place]:
+    """Every tensor of a safetensors directory."""
+    places = {}
+    for file in sorted(out.glob("*.safetensors")):
+        for name, entry in read_header(file).items():
+            places[name] = Place(file, entry.begin, entry.bytes, entry.shape, entry.dtype)
+    return places
+
+
+def _in_gguf(file: Path, name: str) -> Place:
+    entry = open_gguf(file).tensors[name]
+    return Place(file, entry.offset, entry.bytes, entry.shape, entry.type_name)

@@ -1,0 +1,133 @@
+"""Kill, interrupt and break the disk under every stage at random points; the same command again must give the bits of
+an undisturbed chain. Prints a line per disturbance and a table; exits 1 when anything went wrong.
+
+    python benchmarks/survival.py                                     a tiny random Llama: about 20 minutes
+    python benchmarks/survival.py --model DIR --text FILE --kills 12  a model with a tokenizer, and a text file
+
+A third of the kills and of the signals come from outside after a random time, to processes started as a user starts
+them. The others strike at a random operation on a file (tests/survival/faults.py), in forks of one process that has
+imported everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "survival"))
+
+from harness import (  # noqa: E402
+    DISK,
+    SIGNALLED,
+    SMALLEST,
+    STAGES,
+    Chain,
+    Fault,
+    Served,
+    Spawned,
+    environment,
+    random_fault,
+    summary,
+    table,
+)
+
+PARTS = ("the old cat", "a red bird", "my sister", "sees the sea.", "hears a song.", "eats some bread.")
+
+
+def main() -> None:
+    """Disturb, print, judge."""
+    arguments = _arguments()
+    choose = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory(prefix="qat-survival-") as name:
+        folder = Path(name)
+        model = arguments.model or _random_model(folder / "model")
+        text = arguments.text or _random_text(folder / "text.txt", choose)
+        env = environment(model.absolute(), text.absolute(), folder / "cache")
+        env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
+        served, spawned = Served(folder, env), Spawned(env)
+        chain = Chain(ROOT / "recipes" / "smoke" / "w2g32.yaml", folder, served, options=SMALLEST)
+        chain.undisturbed()
+        chain.launch = spawned
+        whole = {stage: spawned(chain.command(stage, folder / "timed")).seconds for stage in STAGES}
+        print(f"{'undisturbed':12}", {stage: round(seconds, 1) for stage, seconds in whole.items()}, flush=True)
+        inside = dict(chain.seconds)
+        rows = []
+        for stage, fault in _plan(chain, arguments, whole, choose):
+            timed = fault.kind == "time"
+            chain.launch, chain.seconds = (spawned, whole) if timed else (served, inside)
+            row = chain.disturb(stage, fault)
+            rows.append(row)
+            print(
+                f"{len(rows):3} {stage:10} {fault!s:32} exit {row.code:4} lost {row.lost:5.1f} s",
+                *row.problems,
+                flush=True,
+            )
+        served.close()
+    print(table(rows), summary(rows, inside), sep="\n\n")
+    bad = sum(bool(row.problems) or not row.equal or not row.untouched or row.resumed != 0 for row in rows)
+    print(f"\n{len(rows)} disturbances, {len(rows) - bad} resumed to equal digests, {bad} went wrong")
+    sys.exit(bad > 0)
+
+
+def _plan(
+    chain: Chain, arguments: argparse.Namespace, whole: dict[str, float], choose: random.Random
+) -> Iterator[tuple[str, Fault]]:
+    """Stage by stage, so that every stage gets its share of each kind of fault."""
+    for names, count in (
+        (("kill", "kill-after"), arguments.kills),
+        (SIGNALLED, arguments.signals),
+        (DISK, arguments.disk),
+    ):
+        for number in range(count):
+            stage = STAGES[number % len(STAGES)]
+            if names is not DISK and number // len(STAGES) % 3 == 2:
+                name = "SIGKILL" if "kill" in names else choose.choice(names)
+                yield stage, Fault("time", choose.uniform(0.3, 1.0) * whole[stage], name)
+            else:
+                yield stage, random_fault(chain, stage, names, choose)
+
+
+def _random_model(path: Path) -> Path:
+    """A Llama of 3 blocks with random weights, and a tokenizer with a token for every byte."""
+    import tokenizers
+    import torch
+    import transformers
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet])}
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=len(vocabulary), **sizes, bos_token_id=0, eos_token_id=1)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def _random_text(path: Path, choose: random.Random) -> Path:
+    """Documents of 40 phrases, two empty lines apart."""
+    path.write_text("\n\n\n".join(" ".join(choose.choices(PARTS, k=40)) for _ in range(100)))
+    return path
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="model folder; a random one otherwise")
+    parser.add_argument("--text", type=Path, help="text file to calibrate and evaluate on")
+    parser.add_argument("--kills", type=int, default=48)
+    parser.add_argument("--signals", type=int, default=18)
+    parser.add_argument("--disk", type=int, default=24, help="full, failing and read-only disks")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Figures of full-precision models, kept so that a machine measures each of them once.
+
+A result is found again only under everything it depends on: the bytes of the model's files, the text or tasks, device,
+dtype, the versions of the libraries and the code of this package. Files: `~/.cache/qat/evaluation/<sha256>.json`, each
+with its key in the clear; removing them only costs time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qatcli.directory import write_json
+from qatcli.models.source import cache_directory
+
+LIBRARIES = ("torch", "transformers", "tokenizers")
+
+
+def remembered(protocol: dict[str, Any], model: Path, device: torch.device, measure: Callable[[], Any]) -> Any:
+    """What `measure` returned for the same protocol, model files and circumstances, or else returns now.
+
+    protocol: JSON that says what is measured. `measure` returns JSON.
+    """
+    key = {
+        "protocol": protocol,
+        "model": files_digest(model),
+        "device": device_name(device),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "code": _code_digest(),
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    file = cache_directory() / "evaluation" / f"{name}.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))["result"]
+    result = measure()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"key": key, "result": result})
+    return result
+
+
+@cache
+def files_digest(path: Path) -> str:
+    """sha256 over the names and contents of the files of a model directory."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.iterdir() if file.is_file()):
+        with open(file, "rb") as handle:
+            digest.update(f"{file.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+@cache
+def _code_digest() -> str:
+    """sha256 over the code that measures."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

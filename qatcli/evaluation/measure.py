@@ -1,0 +1,235 @@
+"""All figures of several models side by side, each loaded only while it is measured.
+
+    perplexity   of every text
+    divergence   from the reference on the first windows of every text
+    zero_shot    accuracy on lm-eval's tasks
+    speed        tokens per second, bytes of weights
+    samples      greedy continuations of the prompts
+
+Every figure has its protocol in the result: text, context, windows, dtype, tasks, device.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qatcli.data import c4_windows, evaluation_windows, text_tokens
+from qatcli.errors import InputError
+from qatcli.evaluation.cache import remembered
+from qatcli.evaluation.candidates import Candidate
+from qatcli.evaluation.perplexity import divergence, perplexity
+from qatcli.evaluation.size import model_size
+from qatcli.evaluation.speed import conditions, speed, weight_bytes
+from qatcli.evaluation.zero_shot import Suite, load_suite, run_suite
+from qatcli.finite import finite
+from qatcli.linear import dense_linears
+from qatcli.memory import part_peak
+from qatcli.recipe.schema import EvalSection, PerplexityText
+from qatcli.runlog import RunLog
+from qatcli.training import autocast, compute_dtype
+
+BATCH_TOKENS = 4096  # tokens per forward pass of a perplexity
+
+
+class Subject:
+    """A candidate with its model and tokenizer, loaded when first asked for."""
+
+    def __init__(self, candidate: Candidate, config: EvalSection) -> None:
+        self.candidate = candidate
+        self.name = candidate.name
+        self._config = config
+
+    @cached_property
+    def model(self) -> Any:
+        return self.candidate.load()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self.candidate.tokenizer()
+
+    @cached_property
+    def windows(self) -> dict[str, Tensor]:
+        """The windows of every text, int [W, T]."""
+        return {text.name: _windows(text, self.tokenizer) for text in self._config.perplexity}
+
+    def release(self) -> None:
+        """Give the model's memory back."""
+        self.__dict__.pop("model", None)
+        gc.collect()
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    config: EvalSection,
+    *,
+    reference: Candidate | None,
+    sampled: Callable[[str], bool] = lambda name: True,
+    device: torch.device,
+    log: RunLog,
+) -> dict[str, Any]:
+    """Measure every candidate as `config` says.
+
+    reference: what divergence is from, measured itself if it is among the candidates; None measures no divergence.
+    sampled: which candidates continue the prompts. Returns {models, protocol, zero_shot_protocol, speed_protocol,
+    prompts}.
+    """
+    dtype = compute_dtype("auto", device)
+    zero_shot = config.zero_shot
+    suite = None
+    if zero_shot is not None:  # before any model is loaded: what is missing is missed now
+        data = Path(zero_shot.data) if zero_shot.data else None
+        suite = load_suite(zero_shot.tasks, data=data, limit=zero_shot.limit)
+    base = Subject(reference, config) if reference is not None else None
+    subjects = [base if base and candidate is reference else Subject(candidate, config) for candidate in candidates]
+    settings = config.speed.model_dump() if config.speed else {}
+    result = {
+        "models": {},
+        "protocol": {text.name: _protocol(text, subjects[0].windows[text.name], dtype) for text in config.perplexity},
+        "zero_shot_protocol": suite.protocol | {"compute": _name(dtype)} if suite else None,
+        "speed_protocol": conditions(device, **settings) if settings else None,
+        "prompts": list(config.prompts),
+    }
+    for subject in subjects:
+        started = time.monotonic()
+        log.say(f"eval: {subject.name}")
+        found: dict[str, Any] = {"loaded_as": subject.candidate.loaded_as, "size": None, "speed": None}
+        if settings:  # first, while nothing but the model is there
+            found["speed"] = _speed(subject, device, settings)
+        if subject.candidate.path is not None:
+            found["size"] = model_size(subject.candidate.files or subject.candidate.path, subject.model)
+        found |= _quality(subject, base, suite, config, device=device, dtype=dtype, log=log)
+        if config.prompts and sampled(subject.name):
+            found["samples"] = [_continue(subject, prompt, config, device, dtype) for prompt in config.prompts]
+        found["seconds"] = round(time.monotonic() - started, 2)
+        result["models"][subject.name] = found
+        log.event("measured", model=subject.name, perplexity=found["perplexity"])
+        if subject is not base:
+            subject.release()
+    return dict(finite(result))
+
+
+def _speed(subject: Subject, device: torch.device, settings: dict[str, int]) -> dict[str, Any]:
+    """Speed, and the memory of loading and running: bytes of weights, and the peak of all that was added."""
+    with part_peak(device) as peak:
+        model = subject.model
+        found = speed(model, device=device, **settings)
+    return found | {"dtype": _name(model.dtype), "weight_bytes": weight_bytes(model), "peak": peak}
+
+
+def _quality(
+    subject: Subject,
+    base: Subject | None,
+    suite: Suite | None,
+    config: EvalSection,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    log: RunLog,
+) -> dict[str, Any]:
+    """Perplexity and divergence of every text, and zero-shot accuracy."""
+    path = subject.candidate.path
+
+    def kept(protocol: dict[str, Any], get: Callable[[], Any]) -> Any:
+        if not (config.cache and subject.candidate.keep and path is not None):
+            return get()
+        return remembered({**protocol, "compute": _name(dtype)}, path, device, get)
+
+    found: dict[str, Any] = {"perplexity": {}, "divergence": {}, "zero_shot": None}
+    for name, windows in subject.windows.items():
+        protocol = {"perplexity": _digest(windows), "windows": list(windows.shape)}
+        found["perplexity"][name] = kept(protocol, partial(_perplexity, subject, name, windows, device, dtype, log))
+        if base is not None and subject is not base:
+            if not torch.equal(windows, base.windows[name]):
+                raise InputError(
+                    f"{subject.name} and {base.name} have different tokenizers: their distributions do not compare",
+                    hint="set eval.kl to false, or choose another full-precision model",
+                )
+            apart = divergence(_fast(subject, device, dtype), base.model, windows, device=device, dtype=dtype)
+            found["divergence"][name] = asdict(apart)
+    if suite is not None and config.zero_shot is not None:
+        tokens = config.zero_shot.batch_tokens
+        found["zero_shot"] = kept(
+            {"zero_shot": suite.protocol},
+            lambda: run_suite(
+                suite,
+                _fast(subject, device, dtype),
+                subject.tokenizer,
+                batch_tokens=tokens,
+                dtype=dtype,
+                log=log,
+                title=f"zero-shot {subject.name}",
+            ),
+        )
+    return found
+
+
+def _perplexity(
+    subject: Subject, text: str, windows: Tensor, device: torch.device, dtype: torch.dtype, log: RunLog
+) -> float:
+    with log.progress(f"perplexity {subject.name} {text}", len(windows)) as bar:
+        return perplexity(
+            _fast(subject, device, dtype),
+            windows,
+            batch_size=max(1, BATCH_TOKENS // windows.shape[1]),
+            device=device,
+            dtype=dtype,
+            progress=lambda count: bar.advance(count, tokens=count * windows.shape[1]),
+        )
+
+
+def _fast(subject: Subject, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model as quality is measured. On a CPU packed weights are unpacked once instead of in every pass, which
+    computes the same."""
+    if device.type == "cpu":
+        dense_linears(subject.model, subject.model.dtype if dtype == torch.float32 else dtype)
+    return subject.model
+
+
+def _windows(text: PerplexityText, tokenizer: Any) -> Tensor:
+    if text.source == "c4":
+        return torch.as_tensor(c4_windows(tokenizer, text.seq_len))[: text.windows]
+    return torch.as_tensor(evaluation_windows(text_tokens(text.source, tokenizer), text.seq_len, text.windows))
+
+
+def _protocol(text: PerplexityText, windows: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    cut = "random windows, seed 0" if text.source == "c4" else "the first windows, none overlap"
+    return {
+        "source": text.source,
+        "context": windows.shape[1],
+        "windows": len(windows),
+        "cut": cut,
+        "compute": _name(dtype),
+    }
+
+
+@torch.no_grad()
+def _continue(subject: Subject, prompt: str, config: EvalSection, device: torch.device, dtype: torch.dtype) -> str:
+    """Greedy continuation of a prompt."""
+    inputs = subject.tokenizer(prompt, return_tensors="pt").to(device)
+    with autocast(device, dtype):
+        output = _fast(subject, device, dtype).generate(
+            **inputs,
+            max_new_tokens=config.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=subject.tokenizer.eos_token_id,
+        )
+    return str(subject.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.to(torch.int64).numpy().tobytes()).hexdigest()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

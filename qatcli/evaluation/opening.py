@@ -1,0 +1,78 @@
+"""Any model on disk as a candidate: told by what is in it, not by its name.
+
+stage directory          calibration, quantized and packed ones, and every export
+packed by qat (native)   runs on its packed codes
+GPTQ, AWQ, BitBLAS, compressed-tensors, EfficientQAT
+                         imported bit for bit into packed codes, because their runtimes need a GPU
+GGUF file                dequantized to fp32
+anything else of Hugging Face, or a hub id
+                         as transformers loads it
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qatcli.directory import STAGE_FILE, open_stage
+from qatcli.errors import InputError
+from qatcli.evaluation.candidates import Candidate, packed
+from qatcli.formats.importing import import_checkpoint
+from qatcli.formats.importing.linears import CODES
+from qatcli.hf import load_packed
+from qatcli.models.source import load_tokenizer, open_source
+from qatcli.packed import QUANT_METHOD, read_config
+from qatcli.recipe.locations import is_local
+from qatcli.shards import shard_map
+
+MODEL_KINDS = ("calibration", "quantized", "packed", "exported")
+
+
+def open_candidate(target: str, device: torch.device, *, keep: bool = False) -> Candidate:
+    """The model at `target`: a directory, a GGUF file or a hub id. InputError when it is none, or is damaged."""
+    path = Path(target)
+    if not path.exists() and is_local(target):
+        raise InputError(f"{target} does not exist", hint="give a model directory, a GGUF file, a hub id or a recipe")
+    if (path / STAGE_FILE).is_file():
+        open_stage(path, kinds=MODEL_KINDS)
+    if path.is_dir() and not (path / "config.json").is_file():
+        path = _only_gguf(path)
+    if not path.is_dir():
+        return _dense(target if path == Path(target) else str(path), target, device, keep=keep)
+    quantization = read_config(path).get("quantization_config") or {}
+    if quantization.get("quant_method") == QUANT_METHOD:
+        return packed(target, path, device)
+    if any(name.endswith(CODES) for name in shard_map(path)):
+        kind = str(quantization.get("checkpoint_format") or quantization.get("quant_method") or "EfficientQAT")
+        return Candidate(
+            target, lambda: _import(path, device), lambda: load_tokenizer(path), path, f"{kind}, imported bit for bit"
+        )
+    return _dense(target, target, device, keep=keep)
+
+
+def _only_gguf(path: Path) -> Path:
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        found = f"{len(files)} GGUF files" if files else "neither config.json nor a GGUF file"
+        raise InputError(f"{path} holds {found}", hint="give a model directory or one GGUF file")
+    return files[0]
+
+
+def _dense(location: str, name: str, device: torch.device, *, keep: bool) -> Candidate:
+    """A model that transformers loads by itself."""
+    source = open_source(location)
+    is_gguf = location.endswith(".gguf")
+    loaded_as = "GGUF, dequantized to fp32" if is_gguf else "weights as stored"
+    files = Path(location) if is_gguf else source.path
+    return Candidate(
+        name, lambda: source.load_model("auto", device), source.tokenizer, source.path, loaded_as, files, keep
+    )
+
+
+def _import(path: Path, device: torch.device) -> Any:
+    with tempfile.TemporaryDirectory(prefix="qat-eval-") as folder:
+        import_checkpoint(path, Path(folder, "packed"))
+        return load_packed(Path(folder, "packed"), dtype="auto", device=device)

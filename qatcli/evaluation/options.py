@@ -1,0 +1,67 @@
+"""What the options of `qat eval MODEL...` ask for, as the section `eval` that a recipe would have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qatcli.errors import UsageError
+from qatcli.recipe.locations import BUILT_IN_TEXTS
+from qatcli.recipe.problems import from_pydantic
+from qatcli.recipe.schema import EvalSection
+
+PAPER = "paper"  # stands for the default tasks
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options that only models have; None and () are those that were not given."""
+
+    text: Sequence[str] = ()
+    seq_len: int | None = None
+    windows: int | None = None
+    zero_shot: str | None = None
+    data: str | None = None
+    limit: int | None = None
+    against: str | None = None
+
+    def given(self) -> list[str]:
+        """The options that were given, as they are written."""
+        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value not in (None, ())]
+
+
+def is_recipe(target: str) -> bool:
+    """Whether a target of `qat eval` is a recipe and no model."""
+    return Path(target).suffix in (".yaml", ".yml")
+
+
+def section(options: ModelOptions) -> EvalSection:
+    """The section; without texts and tasks, the perplexity of wikitext2. UsageError for what no recipe could say."""
+    if options.zero_shot is None and (options.data or options.limit):
+        raise UsageError(f"{'--data' if options.data else '--limit'} needs --zero-shot", hint="add --zero-shot paper")
+    texts = list(options.text) or ([] if options.zero_shot else ["wikitext2"])
+    window = {"seq_len": options.seq_len, "windows": options.windows}
+    asked = {key: value for key, value in window.items() if value is not None}
+    content = {
+        "perplexity": [{"name": _name(text), "source": text, **asked} for text in texts],
+        "kl": options.against is not None,
+        "zero_shot": None if options.zero_shot is None else _zero_shot(options),
+    }
+    try:
+        return EvalSection.model_validate(content, context=Path.cwd())
+    except ValidationError as error:
+        lines = [from_pydantic(detail).line("qat eval") for detail in error.errors()]
+        raise UsageError("\n".join(lines), hint="`qat eval --help` lists the options") from error
+
+
+def _name(text: str) -> str:
+    return text if text in BUILT_IN_TEXTS else Path(text).stem
+
+
+def _zero_shot(options: ModelOptions) -> dict[str, object]:
+    tasks = [name.strip() for name in (options.zero_shot or "").split(",") if name.strip()]
+    named = {} if tasks == [PAPER] else {"tasks": tasks}
+    return {**named, "data": options.data, "limit": options.limit}

@@ -1,0 +1,145 @@
+"""The figures of an evaluation as tables for a terminal, each with what it was measured under."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_DIVERGENCE = (("mean_kl", ".4f"), ("kl_99", ".3f"), ("top1_agreement", ".1%"))
+
+
+def tables(metrics: dict[str, Any]) -> Iterator[RenderableType]:
+    """What `measure` returned: texts, tasks, speed and size, and the prompts continued."""
+    labels = _labels(list(metrics["models"]))
+    if metrics["protocol"]:
+        yield _texts(metrics, labels)
+    if metrics["zero_shot_protocol"]:
+        yield _tasks(metrics, labels)
+    yield _sizes(metrics, labels)
+    if metrics["speed_protocol"]:
+        yield _speeds(metrics, labels)
+    samples = {name: found["samples"] for name, found in metrics["models"].items() if found.get("samples")}
+    if samples:
+        yield _samples(metrics["prompts"], samples)
+
+
+def _labels(names: list[str]) -> dict[str, str]:
+    """Names of models without the folder that all of them are in."""
+    try:
+        shared = os.path.commonpath([os.path.dirname(name) for name in names])
+    except ValueError:  # absolute and relative ones
+        shared = ""
+    return {name: os.path.relpath(name, shared) if shared else name for name in names}
+
+
+def _texts(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
+    table, protocol = _table("perplexity and divergence from full precision"), metrics["protocol"]
+    for text in protocol:
+        for heading in (text, "KL", "KL 99 %", "top-1"):
+            table.add_column(heading, justify="right")
+    for name, found in metrics["models"].items():
+        row = [labels[name]]
+        for text in protocol:
+            apart = found["divergence"].get(text, {})
+            row.append(_number(found["perplexity"][text], ",.2f"))
+            row += [_number(apart.get(key), form) for key, form in _DIVERGENCE]
+        table.add_row(*row)
+    lines = [
+        f"{name}: {Path(p['source']).name}, {p['windows']} windows of {p['context']} tokens, {p['cut']}, {p['compute']}"
+        for name, p in protocol.items()
+    ]
+    tokens = {part["tokens"] for found in metrics["models"].values() for part in found["divergence"].values()}
+    if tokens:
+        lines.append(
+            f"KL: nats per token from full precision, mean and 99th percentile over the first {max(tokens):,} tokens; "
+            "top-1: how often both predict the same token"
+        )
+    return Group(table, Text("\n".join(lines)))
+
+
+def _tasks(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
+    table, protocol = _table("zero-shot accuracy"), metrics["zero_shot_protocol"]
+    results = {name: found["zero_shot"] for name, found in metrics["models"].items() if found["zero_shot"]}
+    tasks = {task: figures for result in results.values() for task, figures in result["tasks"].items()}
+    for task in tasks:
+        table.add_column(task, justify="right")
+    table.add_column("average", justify="right")
+    for name, result in results.items():
+        average = result["average"]
+        figures = [_percent(result["tasks"].get(task)) for task in tasks]
+        table.add_row(labels[name], *figures, _percent(average) if average else "")
+    rows = "all rows" if protocol["limit"] is None else f"the first {protocol['limit']} rows of each"
+    named = ", ".join(f"{task} {each['metric']} ({each['shots']}-shot)" for task, each in tasks.items())
+    caption = f"percent and its standard error; {named}; {rows}; lm-eval {protocol['lm_eval']}, {protocol['compute']}"
+    return Group(table, Text(caption))
+
+
+def _percent(figure: dict[str, Any] | None) -> str:
+    if figure is None or figure["value"] is None:
+        return ""
+    error = "" if figure["stderr"] is None else f" +-{100 * figure['stderr']:.1f}"
+    return f"{100 * figure['value']:.1f}{error}"
+
+
+def _sizes(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
+    table = _table("size")
+    for heading in ("MiB on disk", "bits/weight", "bits/parameter"):
+        table.add_column(heading, justify="right")
+    table.add_column("loaded as")
+    for name, found in metrics["models"].items():
+        size = found["size"] or {}
+        bits = [_number(size.get(key), ".3f") for key in ("bits_per_weight", "bits_per_parameter")]
+        table.add_row(labels[name], _mib(size.get("file_bytes")), *bits, found["loaded_as"])
+    caption = "bits/weight: codes, scales and zero points of quantized linears; bits/parameter: the whole model"
+    return Group(table, Text(caption))
+
+
+def _speeds(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
+    table, conditions = _table("speed and memory"), metrics["speed_protocol"]
+    for heading in ("prefill tok/s", "decode tok/s", "weights MiB", "peak MiB"):
+        table.add_column(heading, justify="right")
+    for name, found in metrics["models"].items():
+        speed = found["speed"]
+        peak = speed["peak"].get("device_bytes", speed["peak"]["host_bytes"])
+        rates = [f"{speed[kind]:,.1f}" for kind in ("prefill", "decode")]
+        table.add_row(labels[name], *rates, _mib(speed["weight_bytes"]), _mib(peak))
+    caption = (
+        f"one sequence, {conditions['prompt_tokens']} tokens read, {conditions['new_tokens']} generated, median of "
+        f"{conditions['repeats']}, weights and arithmetic in {_types(metrics)}; {conditions['device']}, "
+        f"{conditions['threads']} threads, load {conditions['load']}; peak: what loading and running added"
+    )
+    return Group(table, Text(caption))
+
+
+def _types(metrics: dict[str, Any]) -> str:
+    return ", ".join(sorted({found["speed"]["dtype"] for found in metrics["models"].values()}))
+
+
+def _samples(prompts: list[str], samples: dict[str, list[str]]) -> Table:
+    table = Table(title="the same prompt, greedy decoding", title_justify="left", show_lines=True)
+    table.add_column("prompt", ratio=1)
+    for name in samples:
+        table.add_column(name, ratio=2)
+    for index, prompt in enumerate(prompts):
+        table.add_row(prompt, *(texts[index].strip() for texts in samples.values()))
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("model", overflow="fold")
+    return table
+
+
+def _mib(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:,.1f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

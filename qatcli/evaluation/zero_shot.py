@@ -1,0 +1,143 @@
+"""Zero-shot accuracy through lm-eval: from its hub data sets, or from local files where there is no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qatcli.errors import InputError, RecipeError, missing_extra
+from qatcli.evaluation.local_tasks import LOCAL_TASKS, file_digest, override
+from qatcli.runlog import RunLog
+
+_BOOTSTRAPS = 1000  # only metrics without a formula for their error need them; accuracy has one
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks ready to run. `protocol` says what they are, for the report and for cached results."""
+
+    names: tuple[str, ...]
+    loaded: Any
+    limit: int | None
+    protocol: dict[str, Any]
+
+
+def load_suite(names: Sequence[str], *, data: Path | None, limit: int | None) -> Suite:
+    """Build the tasks, which reads their rows.
+
+    data: folder of local files for the five tasks of `LOCAL_TASKS`; other tasks, and all without it, come from the hub.
+    limit: rows of each task, from its start; None is all. QatError when lm-eval is not installed, RecipeError for a
+    task it does not know, InputError for data that are missing.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise missing_extra("lm-eval", "eval")
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").propagate = False
+    folder = Path(lm_eval.tasks.__file__).parent
+    local = [name for name in names if data is not None and name in LOCAL_TASKS]
+    others = set(names) - LOCAL_TASKS.keys()
+    # lm-eval has thousands of task files; the five are found without reading them all
+    few = [folder / name for name in ("hellaswag", "piqa", "winogrande", "arc")]
+    manager = TaskManager() if others else TaskManager(include_defaults=False, include_path=few)
+    unknown = sorted(others - set(manager.all_tasks))
+    if unknown:
+        raise RecipeError(
+            f"eval.zero_shot.tasks: lm-eval has no task {unknown[0]}", hint="`lm-eval ls tasks` lists them"
+        )
+    # a group's members may override keys of the task they name: here the rows, and nothing else
+    members = [override(name, data) for name in local if data is not None]
+    spec: list[Any] = [name for name in names if name not in local]
+    try:
+        loaded = manager.load([*spec, *([{"group": "local", "task": members}] if members else [])])
+    except (OSError, ConnectionError, ValueError) as error:
+        raise InputError(
+            f"the data of {', '.join(spec) or 'the tasks'} could not be read: {error}",
+            hint="check the network, or set eval.zero_shot.data to a folder of local files",
+        ) from error
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)
+    loaded["groups"] = {name: group for name, group in loaded["groups"].items() if name != "local"}
+    rows = {name: file_digest(name, data) for name in local if data is not None}
+    protocol = {
+        "tasks": list(names),
+        "limit": limit,
+        "rows": rows | {name: _fingerprint(task) for name, task in loaded["tasks"].items() if name not in rows},
+        "lm_eval": version("lm_eval"),
+    }
+    return Suite(tuple(names), loaded, limit, protocol)
+
+
+def run_suite(
+    suite: Suite,
+    model: Any,
+    tokenizer: Any,
+    *,
+    batch_tokens: int,
+    dtype: torch.dtype,
+    log: RunLog,
+    title: str,
+) -> dict[str, Any]:
+    """Every task's figures and the mean of the asked ones.
+
+    {"tasks": {name: {metric, value, stderr, shots, rows, all}}, "average": {value, stderr} or None}. `metric` is `acc`
+    where the task has it, else its first; `all` holds every metric. The mean weighs tasks equally and its error treats
+    them as independent.
+    """
+    from lm_eval.evaluator import evaluate
+
+    from qatcli.evaluation.harness import RowModel
+
+    lm = RowModel(model, tokenizer, batch_tokens=batch_tokens, dtype=dtype, log=log, title=title)
+    found = evaluate(lm, suite.loaded, limit=suite.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
+    tasks = {
+        name: _figures(figures) | {"shots": found["n-shot"].get(name), "rows": _rows(found, name)}
+        for name, figures in found["results"].items()
+    }
+    asked = [tasks[name] for name in suite.names if name in tasks]
+    return {"tasks": tasks, "average": average(asked) if len(asked) > 1 else None}
+
+
+def average(tasks: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """The mean of the tasks' values and its standard error, None where one of them has none."""
+    errors = [task["stderr"] for task in tasks]
+    known = all(error is not None for error in errors)
+    return {
+        "value": sum(task["value"] for task in tasks) / len(tasks),
+        "stderr": math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None,
+    }
+
+
+def _figures(figures: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval's `{"acc,none": 0.5, "acc_stderr,none": 0.1, ...}` with the metric that counts taken out."""
+    metrics = {key.split(",")[0]: value for key, value in figures.items() if "," in key}
+    metrics = {key: value if _is_number(value) else None for key, value in metrics.items()}
+    metric = "acc" if "acc" in metrics else next(iter(metrics), "")
+    errors = metrics.get(f"{metric}_stderr")
+    return {"metric": metric, "value": metrics.get(metric), "stderr": errors, "all": metrics}
+
+
+def _rows(found: Any, name: str) -> int | None:
+    return found["n-samples"].get(name, {}).get("effective")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _fingerprint(task: Any) -> str:
+    """Identifies the rows of a task from the hub."""
+    docs = task.eval_docs
+    return str(getattr(docs, "_fingerprint", None) or id(docs))

@@ -1,0 +1,102 @@
+"""One function per runtime: it loads an export there, on the CPU, and returns the logits the runtime computes.
+
+Imported only in a child process (`child`): these libraries patch transformers when they are imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qatcli.formats.runtimes.reference import logits
+from qatcli.packed import read_config
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An export in a runtime.
+
+    name      runtime and version
+    model     its own model object: a torch module, or `LlamaCpp`
+    logits    token ids of one window -> logits fp32 [T, V]
+    tokenize  text -> token ids, where the runtime has a tokenizer of its own; None: the checkpoint's
+    """
+
+    name: str
+    model: Any
+    logits: Callable[[list[int]], NDArray[np.float32]]
+    tokenize: Callable[[str], list[int]] | None = None
+
+
+def gptqmodel(out: Path) -> Loaded:
+    """GPTQModel's TorchLinear, the one kernel that takes all bits."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    awq = read_config(out)["quantization_config"]["quant_method"] == "awq"
+    backend = BACKEND.TORCH_AWQ if awq else BACKEND.TORCH
+    model = GPTQModel.load(str(out), device="cpu", backend=backend, dtype=torch.float16).model
+    return _of_torch(f"gptqmodel {version('gptqmodel')}", model)
+
+
+def transformers_gptqmodel(out: Path) -> Loaded:
+    """transformers with its own choice of GPTQModel's kernels (through optimum)."""
+    kernels = f"gptqmodel {version('gptqmodel')}, optimum {version('optimum')}"
+    return _transformers(out, kernels, device_map="cpu", dtype=torch.float16)
+
+
+def transformers_dense(out: Path) -> Loaded:
+    """transformers, an ordinary dense checkpoint."""
+    return _transformers(out, dtype=torch.float32)
+
+
+def transformers_native(out: Path) -> Loaded:
+    """transformers with qat's quantizer, which `import qatcli` registered."""
+    return _transformers(out, "qatcli", dtype=torch.float32)
+
+
+def transformers_compressed_tensors(out: Path) -> Loaded:
+    """transformers with decompressed weights: its default load fails where they are asymmetric."""
+    from transformers import CompressedTensorsConfig
+
+    library = f"compressed-tensors {version('compressed-tensors')}"
+    return _transformers(
+        out, library, quantization_config=CompressedTensorsConfig(dequantize=True), dtype=torch.float32
+    )
+
+
+def llama_cpp(out: Path) -> Loaded:
+    """llama.cpp on the CPU."""
+    from qatcli.formats.runtimes.llama_cpp import LlamaCpp
+
+    model = LlamaCpp(next(out.glob("*.gguf")))
+    return Loaded(f"llama.cpp (xllamacpp {version('xllamacpp')})", model, model.logits, model.tokenize)
+
+
+LOADERS: dict[str, Callable[[Path], Loaded]] = {
+    "gptqmodel": gptqmodel,
+    "transformers": transformers_gptqmodel,
+    "transformers-dense": transformers_dense,
+    "transformers-native": transformers_native,
+    "compressed-tensors": transformers_compressed_tensors,
+    "llama.cpp": llama_cpp,
+}
+
+
+def _transformers(out: Path, library: str = "", **options: Any) -> Loaded:
+    from transformers import AutoModelForCausalLM
+
+    name = f"transformers {version('transformers')}"
+    model = AutoModelForCausalLM.from_pretrained(out, **options)
+    return _of_torch(f"{name} ({library})" if library else name, model)
+
+
+def _of_torch(name: str, model: Any) -> Loaded:
+    model.eval()
+    return Loaded(name, model, lambda ids: logits(model, np.array([ids]))[0])

@@ -1,0 +1,54 @@
+"""Files that this process did not write: read as data, within limits, and never followed out of their directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from qatcli.errors import InputError
+
+JSON_LIMIT = 2**28  # bytes; the index of a model with 100,000 tensors has 10 MB
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. InputError when it is absent, no regular file, too large or anything but an object."""
+    try:
+        if not file.is_file():
+            raise InputError(f"{file} does not exist" if not file.exists() else f"{file} is not a regular file")
+        if file.stat().st_size > JSON_LIMIT:
+            raise InputError(f"{file} has {file.stat().st_size} bytes, more than any such file needs")
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON, or a number of thousands of digits
+        raise InputError(f"{file} is malformed or cannot be read: {error}") from error
+    except RecursionError:
+        raise InputError(f"{file} is malformed: nested too deeply") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file} is malformed: it is not a JSON object")
+    return value
+
+
+def file_inside(directory: Path, name: object) -> Path:
+    """The file `name` of `directory`.
+
+    InputError when it is not a relative path of a regular file in there, or a link that leads out. A hub snapshot is
+    the exception: its files are links into the same repository's cache.
+    """
+    if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts or not name:
+        raise InputError(f"{directory} names a file outside of itself: {name!r}")
+    file = directory / name
+    if not file.is_file():
+        raise InputError(
+            f"{directory} is incomplete: {name} is missing", hint="restore the file, or make the directory again"
+        )
+    if not os.access(file, os.R_OK):
+        raise InputError(f"{file} cannot be read", hint="check its permissions")
+    hub_snapshot = directory.absolute().parent.name == "snapshots"
+    root = directory.absolute().parents[1] if hub_snapshot else directory
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise InputError(
+            f"{file} is a link that leads out of its directory, to {file.resolve()}",
+            hint="put the file itself there; only regular files are read",
+        )
+    return file

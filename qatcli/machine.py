@@ -1,0 +1,80 @@
+"""What this machine has left for a stage: host memory under every limit that holds, device memory, disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    import torch
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+def host_memory() -> int:
+    """Bytes of host memory that this process can still take: what the system has available, or a control group less."""
+    left = cgroup_memory()
+    available = int(psutil.virtual_memory().available)
+    return available if left is None else min(available, left)
+
+
+def cgroup_memory(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int | None:
+    """Bytes that the control groups of this process (v2, or v1's memory controller) leave it; None without a limit.
+
+    Page cache counts as free: the kernel takes it back before it kills.
+    """
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return None
+    left = []
+    for _, controllers, name in lines:
+        if controllers == "":
+            top, limit, usage = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            top, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # Inside a container the path may name a group that is not mounted there; what is mounted at the top is ours.
+        inner = top / name.lstrip("/")
+        for group in {top, *(parent for parent in (inner, *inner.parents) if parent.is_relative_to(top))}:
+            found = _left_in(group, limit, usage)
+            if found is not None:
+                left.append(found)
+    return min(left, default=None)
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes free on a CUDA device, those included that torch keeps in reserve."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def disk_space(directory: Path) -> int:
+    """Bytes free on the file system that `directory` is on, or will be on when it is made."""
+    return shutil.disk_usage(existing(directory)).free
+
+
+def existing(directory: Path) -> Path:
+    """`directory`, or the nearest of its parents that exists."""
+    path = directory.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _left_in(group: Path, limit: str, usage: str) -> int | None:
+    try:
+        most = (group / limit).read_text(encoding="utf-8").strip()
+        used = int((group / usage).read_text(encoding="utf-8"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError):
+        return None
+    if most == "max" or int(most) >= 2**60:  # how v1 says that there is no limit
+        return None
+    cache = sum(int(statistics.get(key, 0)) for key in ("active_file", "inactive_file"))
+    return max(0, int(most) - used + cache)

@@ -1,0 +1,141 @@
+"""What a recipe will cost, before it costs anything: memory, disk and time of every stage, and what runs the result.
+
+Predicted from the recipe and the model's configuration alone. `report.make_plan` is `qat plan`; `require` takes the
+same figures of one stage and compares them with what the machine has, before the stage starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+import torch
+
+from qatcli import machine
+from qatcli.activations import StreamBudget, stream_budget
+from qatcli.errors import ResourceError
+from qatcli.memory import release_memory
+from qatcli.plan.model import PlannedModel
+from qatcli.plan.needs import MEMORY, Phase, Setting, Stream, disk_bytes
+from qatcli.recipe import ModelSection, QuantSection, Recipe
+
+GIB = 2**30
+SURE = 0.8  # predictions are within a quarter: below this share of one, what there is cannot be enough
+KNOBS = {
+    "calibrate": "lower calibrate.moment_samples, calibrate.seq_len or block_ap.cache.host_gb",
+    "block-ap": "lower block_ap.batch_size, calibrate.seq_len, or block_ap.cache.device_gb and host_gb, which puts "
+    "activations into files",
+    "e2e-qp": "lower e2e_qp.micro_batch_size or e2e_qp.seq_len, set e2e_qp.gradient_checkpointing, or e2e_qp.loss to "
+    "next-token, which needs no second model",
+    "pack": "close other programs",
+    "export": "set export.runtimes to false, which leaves logits uncompared",
+    "eval": "lower eval.perplexity's seq_len, set eval.kl to false, or shorten eval.baselines",
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a stage takes at its peak.
+
+    device: on the GPU, None on a CPU. host: resident in the process, libraries included. disk: in the run directory.
+    cache: of activations in files. peak and parts: the phase that takes most where the blocks run, and of what.
+    """
+
+    stage: str
+    device: int | None
+    host: int
+    disk: int
+    cache: int
+    streams: tuple[Stream, ...]
+    peak: str
+    parts: dict[str, int]
+
+
+def need(s: Setting, stage: str, variant: str = "") -> Need:
+    """Predict one stage."""
+    phases = MEMORY[stage](s)
+    streams = s.streams(stage)
+
+    def total(phase: Phase) -> int:
+        return sum(phase.compute.values()) + (sum(phase.host.values()) if s.on_cpu else 0)
+
+    largest = max(phases, key=total)
+    host = max(total(phase) if s.on_cpu else sum(phase.host.values()) for phase in phases)
+    parts = dict(largest.compute)
+    for name, size in largest.host.items() if s.on_cpu else ():
+        parts[name] = parts.get(name, 0) + size
+    return Need(
+        stage=f"{stage} {variant}".strip(),
+        device=None if s.on_cpu else total(largest),
+        host=libraries() + host,
+        disk=disk_bytes(s, stage, variant),
+        cache=sum(stream.bytes for stream in streams if stream.place == "file"),
+        streams=tuple(streams),
+        peak=largest.name,
+        parts={name: size for name, size in parts.items() if size},
+    )
+
+
+def setting(recipe: Recipe, device: torch.device, run_dir: Path) -> Setting:
+    """What plans of this recipe are made for, streams placed by what is free now."""
+    cache = recipe.block_ap.cache
+
+    def budget() -> StreamBudget:
+        given = cache.device_gb
+        if device.type == "cuda" and not torch.cuda.is_available() and given is None:
+            given = 0.0  # the GPU that it is for is elsewhere: nothing is known of its memory
+        return stream_budget(device, Path(cache.dir or run_dir), device_gb=given, host_gb=cache.host_gb)
+
+    return Setting(recipe, _model(recipe), device, budget)
+
+
+def require(recipe: Recipe, stage: str, variant: str, *, device: torch.device, out: Path) -> str | None:
+    """ResourceError when the machine cannot have what `stage` needs; a warning when that is uncertain.
+
+    `out` is where the stage works; what an interrupted run left there is not needed again.
+    """
+    if stage not in MEMORY:
+        return None
+    release_memory()
+    s = setting(recipe, device, out)
+    predicted = need(s, stage, variant)
+    cache = Path(recipe.block_ap.cache.dir or out)
+    kept = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    disk = max(0, predicted.disk - kept)
+    knob = KNOBS[stage]
+    larger = "free space, or choose --run or block_ap.cache.dir on a larger disk"
+    same = machine.existing(cache).stat().st_dev == machine.existing(out).stat().st_dev
+    wanted = [
+        ("host memory", predicted.host - libraries(), machine.host_memory(), knob),
+        (f"disk at {out}", disk + (predicted.cache if same else 0), machine.disk_space(out), larger),
+        (f"disk at {cache}", 0 if same else predicted.cache, machine.disk_space(cache), larger),
+    ]
+    if predicted.device is not None:
+        wanted.append((f"memory on {device}", predicted.device, machine.device_memory(device), knob))
+    doubt = None
+    for what, size, there, hint in wanted:
+        if size <= there:
+            continue
+        text = f"{stage} needs about {size / GIB:.1f} GiB of {what}, and {there / GIB:.1f} GiB are free"
+        if size * SURE > there:
+            parts = ", ".join(f"{name} {part / GIB:.1f}" for name, part in predicted.parts.items())
+            raise ResourceError(f"{text} ({parts})" if "disk" not in what else text, hint=f"{hint}; see `qat plan`")
+        doubt = f"{text}; if it fails: {hint}"
+    return doubt
+
+
+def libraries() -> int:
+    """Bytes that this process holds now: what Python, torch and transformers take before a stage begins."""
+    return int(psutil.Process().memory_info().rss)
+
+
+@cache
+def _model_of(model: str, quant: str) -> PlannedModel:
+    return PlannedModel(ModelSection.model_validate_json(model), QuantSection.model_validate_json(quant))
+
+
+def _model(recipe: Recipe) -> PlannedModel:
+    """The planned model of a recipe, made once per process: a chain asks for it before every stage."""
+    return _model_of(recipe.model.model_dump_json(), recipe.quant.model_dump_json())

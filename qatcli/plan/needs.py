@@ -1,0 +1,266 @@
+"""What every stage keeps in memory at a time, and what it writes: one function per stage, read off its code.
+
+A stage is a list of phases; its peak is its largest phase. A phase says what lives where the blocks run (`compute`) and
+what in host memory whatever the device (`host`); on a CPU both are host memory. Left out: the text that is tokenized,
+and the working memory of libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from qatcli.activations import AHEAD, SWEEP_BATCH, Place, StreamBudget
+from qatcli.evaluation.measure import BATCH_TOKENS
+from qatcli.packed import ModuleQuant
+from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
+from qatcli.recipe import Recipe
+from qatcli.training import compute_dtype
+
+FP32 = 4
+SHARD = int(5e9)  # bytes that a ShardWriter collects before it writes
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An activation stream and where it will live."""
+
+    name: str
+    bytes: int
+    place: Place
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes by what they are, in a part of a stage where they live together."""
+
+    name: str
+    compute: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is made for. `budget` places the streams of one stage."""
+
+    recipe: Recipe
+    model: PlannedModel
+    device: torch.device
+    budget: Callable[[], StreamBudget]
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    def dtype(self, amp: str) -> torch.dtype:
+        """The compute dtype, on a GPU that is not here as well."""
+        if amp == "auto" and not self.on_cpu and not torch.cuda.is_available():
+            return torch.bfloat16
+        return compute_dtype(amp, self.device)
+
+    def reading(self, parameters: int) -> int:
+        """Bytes of mapped checkpoint pages behind parameters that are being read in fp32."""
+        return 0 if self.on_cpu and self.model.dtype == torch.float32 else parameters * self.model.dtype.itemsize
+
+    def streams(self, stage: str) -> list[Stream]:
+        """The activation streams of a stage, in the order in which it makes them."""
+        calibrate, model = self.recipe.calibrate, self.model
+        window = calibrate.seq_len * model.hidden * self.dtype(self.recipe.block_ap.amp).itemsize
+        if stage == "calibrate":
+            wanted = {"inputs": min(calibrate.moment_samples, calibrate.samples)}
+        elif stage == "block-ap":
+            names = ("train targets", "train inputs", "validation targets", "validation inputs")
+            counts = (calibrate.samples, calibrate.samples, calibrate.validation_samples, calibrate.validation_samples)
+            wanted = dict(zip(names, counts, strict=True))
+        else:
+            return []
+        budget = self.budget()
+        return [Stream(name, count * window, budget.place(count * window)) for name, count in wanted.items() if count]
+
+    def held(self, stage: str) -> tuple[dict[str, int], dict[str, int]]:
+        """The streams that are in compute and in host memory, as parts of a phase."""
+        found = self.streams(stage)
+        inside = sum(stream.bytes for stream in found if stream.place == "device")
+        beside = sum(stream.bytes for stream in found if stream.place == "host")
+        return {"activations": inside}, {"activations": beside}
+
+
+def calibrate(s: Setting) -> list[Phase]:
+    """Search the grids of one block after another, on the inputs of the full-precision model."""
+    model, seq_len = s.model, s.recipe.calibrate.seq_len
+    dtype = s.dtype(s.recipe.block_ap.amp)
+    inside, beside = s.held("calibrate")
+    block = model.block_sizes[model.largest]
+    codes = sum(q.in_features * q.out_features for q in model.quants[model.largest].values())
+    # The search and the error of a linear: four temporaries of its size in fp32.
+    rounding = 4 * FP32 * _largest(model) + codes
+    forward = model.passes("dense", SWEEP_BATCH, seq_len, dtype, dtype).forward
+    return [
+        _first_inputs(s, inside, beside),
+        Phase("blocks", {**inside, "block": FP32 * block, "work": max(forward, rounding)}, _read(s, beside, block)),
+        _finish(s, inside, beside),
+    ]
+
+
+def block_ap(s: Setting) -> list[Phase]:
+    """Train one block after another."""
+    config, model, seq_len = s.recipe.block_ap, s.model, s.recipe.calibrate.seq_len
+    dtype = s.dtype(config.amp)
+    inside, beside = s.held("block-ap")
+    block = model.block_sizes[model.largest]
+    quants = model.quants[model.largest].values()
+    batch = config.batch_size * seq_len * model.hidden * dtype.itemsize
+    ahead = 1 if s.on_cpu and all(stream.place == "host" for stream in s.streams("block-ap")) else 1 + AHEAD
+    batches = {"batches": 2 * batch * ahead}
+    phases = [_first_inputs(s, inside, beside), _finish(s, inside, beside)]
+    passes = model.passes("fake_quant", config.batch_size, seq_len, dtype, dtype)
+    parameters = {**inside, "block": FP32 * block}
+    if config.rounding == "gptq":
+        hessians = sum(q.in_features**2 for q in quants)
+        widest = max((q.in_features for q in quants), default=0)
+        # error_feedback: five matrices of the Hessian's size; the weight, its compensated form and two temporaries.
+        feedback = FP32 * (5 * widest**2 + 4 * _largest(model))
+        work = {"Hessians": FP32 * hessians, "work": max(feedback, 2 * FP32 * widest**2 + passes.forward)}
+        phases.append(Phase("error feedback", {**parameters, "trained block": FP32 * block, **work}, dict(beside)))
+    if config.epochs:
+        trained = block + 2 * groups_of(quants)
+        # Adam's two moments; the best iterate, of which there are two while a better one is copied.
+        optimizer = {"optimizer": 2 * FP32 * trained, "best iterate": 2 * FP32 * trained}
+        work = {"gradients and kept activations": passes.training}
+        phases.append(Phase("training", {**parameters, **optimizer, **batches, **work}, dict(beside)))
+    else:
+        phases.append(Phase("validation", {**parameters, **batches, "work": passes.forward}, dict(beside)))
+    return phases
+
+
+def e2e_qp(s: Setting) -> list[Phase]:
+    """Train the scales of the whole packed model, beside the full-precision teacher."""
+    config, model = s.recipe.e2e_qp, s.model
+    dtype = s.dtype(config.amp)
+    rows = config.micro_batch_size * config.seq_len
+    groups = groups_of(model.linears.values())
+    unpacked = groups  # zero points, uint8
+    student = sum(packed_bytes(q, scale=FP32) for q in model.linears.values()) + unpacked
+    student += FP32 * (model.total - _quantized(model))
+    teacher = model.total * dtype.itemsize if config.loss == "kl" else 0
+    passes = model.passes("packed", config.micro_batch_size, config.seq_len, torch.float32, dtype)
+    if config.gradient_checkpointing:
+        kept = len(model) * rows * model.hidden * FP32 + passes.training
+    else:
+        kept = (len(model) - 1) * passes.kept + passes.training
+    logits = rows * model.vocabulary * dtype.itemsize
+    # The student's logits, those that count, and their gradient; the same two of a teacher; without one, in fp32.
+    copies = 5 * logits if teacher else 2 * logits + 3 * rows * model.vocabulary * FP32
+    models = {"student": student, "teacher": teacher}
+    head = {"head": model.vocabulary * model.hidden * dtype.itemsize if dtype != torch.float32 else 0}
+    loading = {"mapped checkpoint": model.total * model.dtype.itemsize if teacher else 0}
+    # Gradients, Adam's moments, the best state.
+    training = {"scales": 4 * FP32 * groups, "activations": kept, "logits": copies, **head}
+    return [Phase("loading", models, loading), Phase("training", {**models, **training})]
+
+
+def pack(s: Setting) -> list[Phase]:
+    """Collect a shard and write it."""
+    return [Phase("writing", {}, {"shard": min(SHARD, pack_bytes(s)), "reading": FP32 * s.model.outside})]
+
+
+def evaluate(s: Setting) -> list[Phase]:
+    """Measure one model after another, beside the full-precision one."""
+    config, model = s.recipe.eval, s.model
+    dtype = s.dtype("auto")
+    stored = model.total * model.dtype.itemsize
+    packed = pack_bytes(s)
+    # On a CPU packed linears are unpacked once; round-to-nearest is measured in fp32.
+    unpacked = packed + (_quantized(model) * dtype.itemsize if s.on_cpu else 0)
+    rounded = FP32 * model.total if "round_to_nearest" in config.baselines else 0
+    models = {"full precision": stored if config.kl or "full_precision" in config.baselines else 0}
+    measured = {"measured model": max(unpacked, rounded)}
+    work = 0
+    for text in config.perplexity:
+        batch = max(1, BATCH_TOKENS // text.seq_len)
+        row = text.seq_len * model.vocabulary
+        forward = model.passes("dense", batch, text.seq_len, model.dtype, dtype).forward
+        work = max(work, batch * row * dtype.itemsize + max(forward, 2 * FP32 * row))
+        if config.kl:  # both log-probabilities, and their divergence
+            work = max(work, 5 * FP32 * row)
+    return [Phase("measuring", {**models, **measured, "work": work}, {"reading": s.reading(model.total)})]
+
+
+def export(s: Setting) -> list[Phase]:
+    """Write one format; comparing logits builds the dense model in fp32."""
+    dense = FP32 * s.model.total if s.recipe.export.verify and s.recipe.export.runtimes else 0
+    return [Phase("comparing", {}, {"shard": min(SHARD, pack_bytes(s)), "dense model": dense})]
+
+
+MEMORY: dict[str, Callable[[Setting], list[Phase]]] = {
+    "calibrate": calibrate,
+    "block-ap": block_ap,
+    "e2e-qp": e2e_qp,
+    "pack": pack,
+    "export": export,
+    "eval": evaluate,
+}
+
+
+def disk_bytes(s: Setting, stage: str, variant: str = "") -> int:
+    """Bytes that a stage writes into the run directory, the largest amount at a time; streams in files excluded."""
+    model, recipe = s.model, s.recipe
+    if stage in ("pack", "eval"):
+        return pack_bytes(s) if stage == "pack" else 2**20
+    if stage == "export":
+        return _export_bytes(s, variant)
+    training = sum(packed_bytes(q, scale=FP32) for q in model.linears.values())
+    training += (model.total - _quantized(model)) * model.dtype.itemsize
+    if stage == "calibrate":
+        windows = (recipe.calibrate.samples + recipe.calibrate.validation_samples) * recipe.calibrate.seq_len
+        return training + 4 * windows
+    if stage == "e2e-qp":
+        windows = (recipe.e2e_qp.samples + recipe.e2e_qp.validation_samples) * recipe.e2e_qp.seq_len
+        state = 4 * FP32 * groups_of(model.linears.values())  # now, best, two moments; a new one beside the old
+        return training + 4 * windows + 2 * state
+    return training
+
+
+def pack_bytes(s: Setting) -> int:
+    """Bytes of the packed checkpoint that is published."""
+    stored = 2 if s.recipe.pack.dtype in ("auto", "float16", "bfloat16") else FP32
+    scale = 2 if s.recipe.pack.scale_dtype == "float16" else FP32
+    linears = sum(packed_bytes(q, scale=scale) for q in s.model.linears.values())
+    return linears + stored * (s.model.total - _quantized(s.model))
+
+
+def _export_bytes(s: Setting, name: str) -> int:
+    rest = 2 * (s.model.total - _quantized(s.model))
+    if name == "dense":
+        return 2 * s.model.total
+    if name == "gguf":  # block types of 4 bits with scale and offset, or of 8
+        return rest + sum(
+            q.in_features * q.out_features * (5 if q.bits <= 4 else 9) // 8 for q in s.model.linears.values()
+        )
+    return max(pack_bytes(s), rest)
+
+
+def _first_inputs(s: Setting, inside: dict[str, int], beside: dict[str, int]) -> Phase:
+    embedding = s.model.embedding
+    return Phase("first inputs", {**inside, "embedding": FP32 * embedding}, _read(s, beside, embedding))
+
+
+def _finish(s: Setting, inside: dict[str, int], beside: dict[str, int]) -> Phase:
+    outside = s.model.outside * s.model.dtype.itemsize
+    return Phase("finishing", dict(inside), {**beside, "embedding and head": outside})
+
+
+def _read(s: Setting, beside: dict[str, int], parameters: int) -> dict[str, int]:
+    return {**beside, "reading": s.reading(parameters)}
+
+
+def _largest(model: PlannedModel) -> int:
+    """Weights of the largest linear."""
+    quants: dict[str, ModuleQuant] = model.linears
+    return max((q.in_features * q.out_features for q in quants.values()), default=0)
+
+
+def _quantized(model: PlannedModel) -> int:
+    return sum(q.in_features * q.out_features for q in model.linears.values())

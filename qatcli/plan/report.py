@@ -1,0 +1,145 @@
+"""`qat plan`: the figures of all stages side by side, as one JSON object and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+from qatcli import machine
+from qatcli.formats import FORMATS, deployment
+from qatcli.formats.contract import Deployment
+from qatcli.packed import PackedCheckpoint
+from qatcli.plan import GIB, Need, need, setting
+from qatcli.plan.needs import Setting, pack_bytes
+from qatcli.plan.timing import measure_rates, work
+from qatcli.recipe import Recipe
+from qatcli.runlog import duration
+
+CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")
+
+
+def make_plan(recipe: Recipe, device: torch.device, run_dir: Path) -> dict[str, Any]:
+    """Predict the chain and the recipe's exports.
+
+    Bytes: `device` (null on a CPU), `host` and `disk` of every stage, and `free` of this machine. Seconds are null for
+    exports, and for a GPU that is not in this machine.
+    """
+    s = setting(recipe, device, run_dir)
+    here = device.type == "cpu" or torch.cuda.is_available()
+    rates = measure_rates(device, s.dtype("auto")) if here else None
+    works = work(s)
+    needs = [need(s, stage) for stage in CHAIN]
+    needs += [need(s, "export", name) for name in recipe.export.formats]
+    stages = []
+    for found in needs:
+        row = asdict(found)
+        todo = works.get(found.stage)
+        row["seconds"] = round(todo.seconds(rates), 1) if rates and todo else None
+        row["operations"] = todo.operations if todo else None
+        stages.append(row)
+    free = {
+        "device": machine.device_memory(device) if device.type == "cuda" and here else None,
+        "host": machine.host_memory(),
+        "disk": machine.disk_space(run_dir),
+    }
+    quantized = sum(q.in_features * q.out_features for q in s.model.linears.values())
+    return {
+        "device": str(device),
+        "compute": str(s.dtype("auto")).removeprefix("torch."),
+        "model": {
+            "parameters": s.model.total,
+            "quantized_weights": quantized,
+            "blocks": len(s.model),
+            "packed_bytes": pack_bytes(s),
+            "bits_per_parameter": round(8 * pack_bytes(s) / s.model.total, 4),
+        },
+        "stages": stages,
+        "disk": sum(found.disk for found in needs),
+        "seconds": sum(row["seconds"] or 0 for row in stages) if rates else None,
+        "free": free,
+        "short_of": _short_of(needs, free),
+        "rates": asdict(rates) if rates else None,
+        "runtimes": {name: [asdict(row) for row in rows] for name, rows in runtimes(s).items()},
+    }
+
+
+def runtimes(s: Setting) -> dict[str, list[Deployment]]:
+    """Format -> who runs it, for every format that carries these bits."""
+    checkpoint = PackedCheckpoint(Path(), {}, s.model.linears, {})
+    symmetric = s.recipe.quant.symmetric
+    rows = {
+        "gptq": deployment.gptq(checkpoint, symmetric=symmetric),
+        "bitblas": deployment.bitblas(s.recipe.export.bitblas_zeros),
+        "native": deployment.native(),
+        "gguf": deployment.gguf("model.gguf", set()),
+        "awq": deployment.awq(),
+        "compressed-tensors": deployment.compressed_tensors(checkpoint, symmetric=symmetric),
+        "dense": deployment.dense(),
+    }
+    bits = {quant.bits for quant in s.model.linears.values()}
+    fits = {name for name, row in FORMATS.items() if bits <= set(row.bits)}
+    if bits != {4} and not s.recipe.export.awq_promote:
+        fits.discard("awq")
+    return {name: found for name, found in rows.items() if name in fits}
+
+
+def render(plan: dict[str, Any]) -> Group:
+    """The plan for people."""
+    gpu = plan["device"] != "cpu"
+    costs = Table(title=f"plan on {plan['device']}, {plan['compute']}", title_justify="left", caption_justify="left")
+    costs.add_column("stage")
+    for name in (["GPU GiB"] if gpu else []) + ["host GiB", "disk GiB", "time, roughly"]:
+        costs.add_column(name, justify="right")
+    costs.add_column("most of it")
+    for row in plan["stages"]:
+        largest = sorted(row["parts"].items(), key=lambda part: part[1], reverse=True)[:2]
+        time = duration(row["seconds"]) if row["seconds"] is not None else ""
+        cells = [_gib(row["device"])] if gpu else []
+        cells += [_gib(row["host"]), _gib(row["disk"] + row["cache"]), time]
+        costs.add_row(row["stage"], *cells, ", ".join(f"{name} {_gib(size)}" for name, size in largest))
+    free = plan["free"]
+    cells = [_gib(free["device"])] if gpu else []
+    costs.add_row("free here", *cells, _gib(free["host"]), _gib(free["disk"]), "", "")
+    costs.caption = _caption(plan)
+    who = Table(title="what can run the result", title_justify="left")
+    for name in ("format", "runtime", "releases", "remark"):
+        who.add_column(name)
+    for name, rows in plan["runtimes"].items():
+        for row in rows:
+            who.add_row(name, row["runtime"], row["releases"], row["remark"])
+    return Group(costs, who)
+
+
+def _caption(plan: dict[str, Any]) -> str:
+    model = plan["model"]
+    lines = [
+        f"{model['parameters'] / 1e9:.3g} billion parameters in {model['blocks']} blocks become "
+        f"{_gib(model['packed_bytes'])} GiB, {model['bits_per_parameter']} bits per parameter",
+    ]
+    streams = [(row["stage"], stream) for row in plan["stages"] for stream in row["streams"]]
+    places = {"device": "on the device", "host": "in host memory", "file": "in files"}
+    for stage, stream in streams:
+        lines.append(f"activations of {stage}: {stream['name']}, {_gib(stream['bytes'])} GiB {places[stream['place']]}")
+    if plan["rates"] is None:
+        lines.append("no such device here: neither its memory nor its time is known")
+    return "\n".join([*lines, *plan["short_of"]])
+
+
+def _short_of(needs: list[Need], free: dict[str, int | None]) -> list[str]:
+    """A sentence for everything that is more than is free."""
+    found = []
+    for row in needs:
+        for what, size in (("device", row.device), ("host", row.host), ("disk", row.disk + row.cache)):
+            there = free[what]
+            if size is not None and there is not None and size > there:
+                found.append(f"NOT ENOUGH: {row.stage} needs {_gib(size)} GiB of {what}, {_gib(there)} GiB are free")
+    return found
+
+
+def _gib(size: int | None) -> str:
+    return "?" if size is None else f"{size / GIB:.2f}"

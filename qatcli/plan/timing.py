@@ -1,0 +1,102 @@
+"""How long the stages take, roughly: operations over the rate at which this machine multiplies matrices.
+
+The rate is measured for a moment, in the dtype that the stages compute in. What is not matrix products (searches,
+optimizers, loading) counts by the memory it moves. A figure for choosing a budget, never a promise.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from qatcli.evaluation.measure import BATCH_TOKENS
+from qatcli.plan.model import PlannedModel
+from qatcli.plan.needs import FP32, Setting
+
+MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the matrices that are timed
+SEARCH_PASSES = 800  # over a weight in fp32, by the grid search: 105 candidates of seven to eight passes each
+STEP_PASSES = 30  # over a block's parameters, by fake quantization both ways, gradients and Adam
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Floating-point operations, and bytes, per second."""
+
+    operations: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations, and bytes moved besides."""
+
+    operations: float
+    bytes: float = 0.0
+
+    def seconds(self, rates: Rates) -> float:
+        """On a machine with these rates."""
+        return self.operations / rates.operations + self.bytes / rates.bytes
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Time a product of matrices and a copy on the device, the best of three."""
+    side = MATMUL[device.type]
+    a = torch.ones(side, side, dtype=dtype, device=device)
+    source = torch.ones(2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    product = min(_timed(lambda: a @ a, device) for _ in range(3))
+    copy = min(_timed(lambda: target.copy_(source), device) for _ in range(3))
+    return Rates(2 * side**3 / product, 2 * source.numel() / copy)
+
+
+def work(s: Setting) -> dict[str, Work]:
+    """What each stage of the chain has to compute."""
+    recipe, model = s.recipe, s.model
+    calibrate, block, end = recipe.calibrate, recipe.block_ap, recipe.e2e_qp
+    inside = sum(model.block_sizes)
+    search = SEARCH_PASSES * FP32 * inside
+    moments = min(calibrate.moment_samples, calibrate.samples)
+    train, held_out = calibrate.samples, calibrate.validation_samples
+    sweeps = 2 * (train + held_out) + 3 * block.epochs * train + (block.epochs + 1) * held_out
+    blocks = _forward(model, inside, sweeps, calibrate.seq_len)
+    if block.rounding == "gptq":
+        blocks += _forward(model, inside, moments, calibrate.seq_len)
+        squares = sum(q.in_features**2 for q in model.linears.values())
+        blocks += 2.0 * moments * calibrate.seq_len * squares
+    steps = block.epochs * -(-train // block.batch_size)
+    teacher = 1 if end.loss == "kl" else 0
+    backward = 3 if end.gradient_checkpointing else 2
+    windows = end.epochs * end.samples * (1 + backward + teacher)
+    windows += (
+        end.validation_samples
+        * (1 + teacher)
+        * (1 + end.epochs * end.samples // (end.batch_size * end.checkpoint_every))
+    )
+    measured = sum((t.windows or BATCH_TOKENS // 32) * t.seq_len for t in recipe.eval.perplexity)
+    models = len(recipe.eval.baselines) + 1
+    return {
+        "calibrate": Work(_forward(model, inside, moments, calibrate.seq_len), search),
+        "block-ap": Work(blocks, (search if block.rounding == "gptq" else 0) + STEP_PASSES * FP32 * steps * inside),
+        "e2e-qp": Work(_forward(model, model.total, windows, end.seq_len)),
+        "pack": Work(0, 4 * FP32 * model.total),
+        "eval": Work(2.0 * measured * model.total * models),
+    }
+
+
+def _forward(model: PlannedModel, parameters: int, windows: int, seq_len: int) -> float:
+    """Operations of passes through linears and causal attention."""
+    attention = 2.0 * len(model) * seq_len * model.hidden
+    return windows * seq_len * (2.0 * parameters + attention)
+
+
+def _timed(run: object, device: torch.device) -> float:
+    assert callable(run)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

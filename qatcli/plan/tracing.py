@@ -1,0 +1,171 @@
+"""How much memory one pass of a block takes, found by running it on tensors without data.
+
+The block is the model's own and so are the operations: torch's fake tensors go through the very kernels' shapes and
+autograd graph, so no family of models needs formulas of ours. Only the quantized linears stand here once more, with
+`qat_kernels`' autograd functions over a backend that returns shapes: the reference walks over row blocks, which costs
+a fake operation each.
+Left out: the scratch memory inside of kernels and of the allocator, which is small beside what is counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from qat_kernels.autograd import FakeQuant, QuantizedMatmul
+from qat_kernels.dispatch import Backend
+from qatcli.models.blocks import run_block
+from qatcli.packed import ModuleQuant
+from qatcli.training import autocast
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Bytes beside the parameters and the hidden states that go in.
+
+    forward   peak of a pass without gradients
+    kept      what a pass with gradients keeps for its backward pass
+    training  peak of both, the gradients of the parameters included
+    """
+
+    forward: int
+    kept: int
+    training: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is active: `now`, and `peak` since it was last set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._known:
+                    self._known.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._freed, key, size)
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@contextmanager
+def without_data() -> Iterator[LiveBytes]:
+    """Tensors made inside have shapes and no memory."""
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        yield live
+
+
+def trace(
+    live: LiveBytes,
+    block: nn.Module,
+    arguments: dict[str, Any],
+    *,
+    shape: tuple[int, int, int],
+    stream_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> Passes:
+    """Passes of a block on hidden states `shape` [B, T, H] of `stream_dtype`, computing in `dtype`."""
+
+    def run(hidden: Tensor) -> Tensor:
+        with autocast(CPU, dtype):
+            return run_block(block, hidden, arguments)
+
+    hidden = torch.empty(shape, dtype=stream_dtype)
+    before = live.peak = live.now
+    with torch.no_grad():
+        output = run(hidden)
+    forward = live.peak - before
+    del output
+    hidden.requires_grad_(stream_dtype == torch.float32)  # a stream on its way through a whole model
+    live.peak = live.now
+    output = run(hidden)
+    kept = live.now - before
+    if output.requires_grad:
+        (output.float() - hidden.detach()).square().mean().backward()
+    return Passes(forward, kept, live.peak - before)
+
+
+class TracedFakeQuantLinear(nn.Module):
+    """The parameters and the graph of `FakeQuantLinear`."""
+
+    def __init__(self, linear: nn.Linear, quant: ModuleQuant) -> None:
+        super().__init__()
+        groups = (quant.out_features, _groups(quant))
+        self.weight = nn.Parameter(torch.empty(quant.out_features, quant.in_features))
+        self.scale, self.zero_point = (nn.Parameter(torch.empty(groups)) for _ in range(2))
+        self.bias, self.quant = linear.bias, quant
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
+        quant, grid = self.quant, (self.scale, self.zero_point)
+        return F.linear(x, FakeQuant.apply(self.weight, *grid, quant.bits, quant.group_size, dtype, SHAPES), self.bias)
+
+
+class TracedPackedLinear(nn.Module):
+    """The parameters and the graph of `PackedLinear`, its unpacked zero points included."""
+
+    def __init__(self, linear: nn.Linear, quant: ModuleQuant) -> None:
+        super().__init__()
+        groups = (quant.out_features, _groups(quant))
+        self.packed = torch.empty(quant.out_features, -(-quant.in_features * quant.bits // 32), dtype=torch.int32)
+        self.zero_point = torch.empty(groups, dtype=torch.uint8)
+        self.scale = nn.Parameter(torch.empty(groups))
+        self.bias, self.quant = linear.bias, quant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+        grid = (self.packed, self.scale, self.zero_point)
+        y: Tensor = QuantizedMatmul.apply(x, *grid, self.quant.bits, self.quant.group_size, SHAPES)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+LINEARS: dict[str, Callable[[nn.Linear, ModuleQuant], nn.Module]] = {
+    "fake_quant": TracedFakeQuantLinear,
+    "packed": TracedPackedLinear,
+}
+
+
+def _groups(quant: ModuleQuant) -> int:
+    return 1 if quant.group_size < 0 else quant.in_features // quant.group_size
+
+
+def _matrix(packed: Tensor, *_: Tensor, in_features: int, dtype: torch.dtype, **_shape: int) -> Tensor:
+    return torch.empty(packed.shape[0], in_features, dtype=dtype)
+
+
+def _unused(*_: Any, **_options: Any) -> Any:
+    raise AssertionError("no pass of a block packs or quantizes")
+
+
+SHAPES = Backend(
+    fake_quant=lambda weight, *_, out_dtype, **_shape: torch.empty_like(weight, dtype=out_dtype),
+    fake_quant_backward=lambda _, *inputs, **_shape: tuple(torch.empty_like(tensor) for tensor in inputs),
+    quantize=_unused,
+    pack=_unused,
+    unpack=_unused,
+    dequantize=_matrix,
+    scale_grad=lambda _grad, _x, _packed, zero_point, **_shape: torch.empty_like(zero_point, dtype=torch.float32),
+)

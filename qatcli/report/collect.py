@@ -1,0 +1,206 @@
+"""The facts of a run directory, from what its stages left: the content of report.json (docs/report.md).
+
+A half-finished stage tells what its log holds so far. Files are read as data that anybody may have written: what is
+missing is left out, what cannot be read becomes a problem that the page shows, and no stage is opened for its tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from qatcli import __version__
+from qatcli.directory import LOG_FILE, STAGE_FILE, at_work
+from qatcli.errors import InputError
+from qatcli.expectations import check
+from qatcli.inputs import read_json
+from qatcli.report.evaluation import evaluation, is_number, mapping
+from qatcli.report.events import Log, read_log
+
+FORMAT_VERSION = 1
+CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")
+OUTSIDE_CHAIN = ("import",)
+PROVENANCE = ("input", "digest", "model_fingerprint", "recipe_digest", "device", "machine")
+
+
+def collect(run_dir: Path, *, under_way: bool = False) -> dict[str, Any]:
+    """Everything that is known about a run. InputError when no stage was ever begun in `run_dir`."""
+    problems: list[str] = []
+    stages = [_stage(run_dir, name, problems) for name in (*OUTSIDE_CHAIN, *CHAIN)]
+    exports = [_stage(run_dir, f"export/{name}", problems) for name in _export_names(run_dir)]
+    logs = {stage["name"]: stage.pop("log") for stage in stages + exports}
+    metrics = {stage["name"]: stage.pop("metrics") for stage in stages + exports}
+    begun = [stage for stage in stages + exports if stage["status"] != "waiting"]
+    if not begun:
+        raise _no_run(run_dir)
+    recipe, recipe_digest = _recipe(begun)
+    measured = _evaluation(metrics["eval"], logs["eval"])
+    stages = [stage for stage in stages if stage["name"] in CHAIN or stage["status"] != "waiting"]
+    return _finite(
+        {
+            "format_version": FORMAT_VERSION,
+            "qat": __version__,
+            "problems": problems,
+            "run": {
+                "name": "/".join(run_dir.resolve().parts[-2:]),
+                "path": str(run_dir.resolve()),
+                "status": "running" if under_way else _status(stages, exports),
+                "written": round(time.time(), 3),
+                "started": min((stage["started"] for stage in begun if stage["started"]), default=None),
+                "ended": max((stage["ended"] for stage in begun if stage["ended"]), default=None),
+                "seconds": round(sum(stage["seconds"] or 0 for stage in begun), 3),
+            },
+            "recipe": recipe,
+            "recipe_digest": recipe_digest,
+            "stages": [{key: value for key, value in stage.items() if key != "recipe"} for stage in stages],
+            "blocks": _blocks(logs["calibrate"], logs["block-ap"]),
+            "layers": _layers(logs["calibrate"]),
+            "calibration": metrics["calibrate"],
+            "e2e_qp": _end_to_end(logs["e2e-qp"], metrics["e2e-qp"]),
+            "evaluation": measured,
+            "expectations": _expectations(recipe, measured) if metrics["eval"] else [],
+            "exports": [
+                {key: value for key, value in stage.items() if key != "recipe"}
+                | {"format": stage["name"].removeprefix("export/"), **_export(metrics[stage["name"]])}
+                for stage in exports
+            ],
+        }
+    )
+
+
+def _stage(run_dir: Path, name: str, problems: list[str]) -> dict[str, Any]:
+    """What is known of one stage; `waiting` when nothing is there."""
+    path = run_dir / name
+    partial = path.with_name(path.name + ".partial")
+    working = at_work(path)
+    facts: dict[str, Any] = {}
+    if (path / STAGE_FILE).exists():
+        try:
+            facts = read_json(path / STAGE_FILE)
+        except InputError as error:
+            problems.append(error.message)
+    again = working and partial.is_dir()  # a stage that is being made again shows the new work
+    log = read_log(partial if again or not path.is_dir() else path, problems)
+    status = "finished" if path.is_dir() and not again else "waiting"
+    if status == "waiting" and partial.is_dir():
+        status = "running" if working else "stopped"
+    recipe = facts.get("recipe") or log.recipe
+    return {
+        "name": name,
+        "status": status,
+        "started": log.started,
+        "ended": log.ended,
+        "seconds": facts["seconds"] if log.sessions <= 1 and is_number(facts.get("seconds")) else log.seconds,
+        "sessions": log.sessions,
+        "peak_memory": {k: v for k, v in mapping(facts.get("peak_memory")).items() if is_number(v)} or log.peak_memory,
+        "progress": log.progress if status in ("running", "stopped") else None,
+        "error": log.error if status == "stopped" else None,
+        "warnings": log.warnings,
+        **{key: facts.get(key) for key in PROVENANCE},
+        "versions": mapping(facts.get("versions")),
+        "files": len(mapping(facts.get("files"))),
+        "recipe": mapping(recipe),
+        "metrics": mapping(facts.get("metrics")),
+        "log": log,
+    }
+
+
+def _status(stages: list[dict[str, Any]], exports: list[dict[str, Any]]) -> str:
+    """`running`, `stopped` inside a stage, `finished` (evaluated, and nothing begun is open) or `incomplete`."""
+    found = {stage["status"] for stage in stages + exports}
+    for status in ("running", "stopped"):
+        if status in found:
+            return status
+    return "finished" if stages[-1]["status"] == "finished" else "incomplete"
+
+
+def _recipe(begun: list[dict[str, Any]]) -> tuple[dict[str, Any], str | None]:
+    """The recipe of the stage that was begun last, and its digest where that stage is finished."""
+    latest = max(begun, key=lambda stage: stage["started"] or 0)
+    return latest["recipe"], latest["recipe_digest"]
+
+
+def _blocks(calibrate: Log, block_ap: Log) -> list[dict[str, Any]]:
+    """Per block: mean error of the initial rounding, losses before, during and after training, and their cost."""
+    rows: dict[int, dict[str, Any]] = {}
+    for event in calibrate.of("block"):
+        errors = [value for value in mapping(event.get("relative_error")).values() if is_number(value)]
+        if isinstance(event.get("index"), int) and errors:
+            rows.setdefault(event["index"], {})["relative_error"] = sum(errors) / len(errors)
+    for event in block_ap.of("block"):
+        if isinstance(event.get("index"), int):
+            known = {key: value for key, value in event.items() if key not in ("time", "event", "index")}
+            rows.setdefault(event["index"], {}).update(known)
+    return [{"index": index, **rows[index]} for index in sorted(rows)]
+
+
+def _layers(calibrate: Log) -> list[dict[str, Any]]:
+    """Relative error of the initial rounding of every linear, in the order of the model."""
+    found: dict[str, dict[str, Any]] = {}
+    for event in calibrate.of("block"):
+        for name, value in mapping(event.get("relative_error")).items():
+            if is_number(value) and isinstance(event.get("index"), int):
+                found[name] = {"name": name, "block": event.get("index"), "relative_error": value}
+    return list(found.values())
+
+
+def _end_to_end(log: Log, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Learning curves as [update, loss] pairs. Updates repeated after an interruption count once, the last time."""
+    train = {event["step"]: event.get("loss") for event in log.of("step") if is_number(event.get("step"))}
+    held_out = {event["step"]: event.get("loss") for event in log.of("validation") if is_number(event.get("step"))}
+    return {
+        **metrics,
+        "train": [[step, train[step]] for step in sorted(train)],
+        "held_out": [[step, held_out[step]] for step in sorted(held_out)],
+    }
+
+
+def _evaluation(metrics: dict[str, Any], log: Log) -> dict[str, Any]:
+    """The evaluation's metrics, or the models that an unfinished evaluation has measured so far."""
+    measured = {str(event.get("model")): event for event in log.of("measured")}
+    models = {
+        name: {key: value for key, value in event.items() if key not in ("time", "event", "model")}
+        for name, event in measured.items()
+    }
+    return evaluation(metrics or {"models": models})
+
+
+def _expectations(recipe: dict[str, Any], measured: dict[str, Any]) -> list[dict[str, Any]]:
+    expect = {name: mapping(wanted) for name, wanted in mapping(recipe.get("expect")).items()}
+    readable = {n: w for n, w in expect.items() if is_number(w.get("value")) and is_number(w.get("tolerance"))}
+    return [outcome.to_json() for outcome in check(readable, measured)]
+
+
+def _export(metrics: dict[str, Any]) -> dict[str, Any]:
+    found = mapping(metrics.get("verification"))
+    notes = found.get("notes")
+    verification = {**found, "notes": notes if isinstance(notes, list) else []}
+    return {"bytes": metrics.get("bytes"), "verified": metrics.get("verified") is True, "verification": verification}
+
+
+def _export_names(run_dir: Path) -> list[str]:
+    folder = run_dir / "export"
+    names = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+    return sorted({name.removesuffix(".partial").removesuffix(".old") for name in names})
+
+
+def _no_run(run_dir: Path) -> InputError:
+    if not run_dir.is_dir():
+        return InputError(f"{run_dir} is not a directory", hint="name a run directory, such as runs/smollm2/w2g64")
+    stages = {name + suffix for name in (*CHAIN, *OUTSIDE_CHAIN) for suffix in ("", ".partial")}
+    logs = (Path(folder) for folder, _, files in os.walk(run_dir) if LOG_FILE in files)
+    below = sorted({str(log.parent) for log in logs if log.name in stages})
+    hint = f"runs below it: {', '.join(below[:5])}" if below else "start one with `qat run RECIPE`"
+    return InputError(f"{run_dir} is not a run directory: it holds no stage", hint=hint)
+
+
+def _finite(value: Any) -> Any:
+    """`value` as strict JSON can hold it: a number that is not finite is null."""
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

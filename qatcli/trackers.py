@@ -1,0 +1,71 @@
+"""Figures to TensorBoard or Weights & Biases while a stage runs, through Accelerate's trackers.
+
+One tracker run per stage, because every stage counts its own steps. log.jsonl has the same figures and needs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qatcli.errors import missing_extra
+
+STEPS = ("step", "index", "count")  # fields that place an event on the x axis
+PROJECT = "qat"
+
+
+class Tracker:
+    """One of Accelerate's trackers, fed with the events of one stage."""
+
+    def __init__(self, tracker: Any) -> None:
+        self._tracker = tracker
+        tracker.start()
+
+    def event(self, kind: str, fields: dict[str, Any]) -> None:
+        """Send an event's figures: those of one step, or the metrics of a finished stage."""
+        step = next((fields[name] for name in STEPS if name in fields), None)
+        if kind == "done":
+            values = dict(_numbers(fields.get("metrics") or {}, ""))
+            if values:
+                self._tracker.log(values)
+        elif step is not None:
+            scalars = {name: value for name, value in fields.items() if not isinstance(value, dict)}
+            values = {f"{kind}/{name}": value for name, value in _numbers(scalars, "") if name not in STEPS}
+            if values:
+                self._tracker.log(values, step=step)
+
+    def finish(self) -> None:
+        """Flush and close."""
+        self._tracker.finish()
+
+
+def open_trackers(names: Sequence[str], run_dir: Path, stage: str) -> list[Tracker]:
+    """The trackers of a recipe's `track`, for one stage of a run. QatError when a package is missing."""
+    for name in names:
+        if find_spec(name) is None:
+            raise missing_extra(name, "tracking")
+    if not names:
+        return []
+    from accelerate import PartialState
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    PartialState()  # Accelerate's logger refuses to work before it knows the processes
+    opened: list[Tracker] = []
+    for name in names:
+        if name == "tensorboard":
+            opened.append(Tracker(TensorBoardTracker(stage, logging_dir=run_dir / "tensorboard")))
+        else:
+            run = "/".join((*run_dir.absolute().parts[-2:], stage))
+            opened.append(Tracker(WandBTracker(PROJECT, name=run, dir=str(run_dir))))
+    return opened
+
+
+def _numbers(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    """Every number in nested mappings, by its path."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value

@@ -1,0 +1,157 @@
+"""Several models measured side by side: what is in the result, what is kept, what computes the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from qatcli.errors import InputError
+from qatcli.evaluation import cache, measure
+from qatcli.evaluation.compare import compare
+from qatcli.evaluation.tables import tables
+from qatcli.hf import load_packed
+from qatcli.linear import PackedLinear, dense_linears
+from qatcli.recipe import EvalSection, PerplexityText, SpeedSection
+from qatcli.runlog import RunLog
+
+CPU = torch.device("cpu")
+QUIET = RunLog(verbosity=-1)
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_llama: Path, pack_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_model(tiny_llama, tmp_path_factory.mktemp("packed") / "model", bits=3)
+
+
+@pytest.fixture
+def config(tiny_text: Path) -> EvalSection:
+    text = PerplexityText(name="tiny", source=str(tiny_text), seq_len=32, windows=4)
+    speed = SpeedSection(prompt_tokens=8, new_tokens=2, repeats=1)
+    return EvalSection(perplexity=(text,), speed=speed, prompts=("the cat",), max_new_tokens=3)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def _compare(packed: Path, full: Path, config: EvalSection) -> dict[str, Any]:
+    return compare([str(packed), str(full)], config, against=str(full), device=CPU, log=QUIET)
+
+
+def test_every_figure_is_there(packed: Path, tiny_llama: Path, config: EvalSection) -> None:
+    found = _compare(packed, tiny_llama, config)
+    json.dumps(found, allow_nan=False)
+    assert list(found["models"]) == [str(tiny_llama), str(packed)], "full precision comes first, and once"
+    full, quantized = found["models"].values()
+    assert 1 < full["perplexity"]["tiny"] < quantized["perplexity"]["tiny"]
+    assert full["divergence"] == {}
+    assert set(quantized["divergence"]["tiny"]) == {"mean_kl", "kl_99", "top1_agreement", "tokens"}
+    assert 0 < quantized["divergence"]["tiny"]["mean_kl"] < quantized["divergence"]["tiny"]["kl_99"]
+    assert found["protocol"]["tiny"]["windows"] == 4
+    assert found["protocol"]["tiny"]["context"] == 32
+    assert quantized["size"]["file_bytes"] < full["size"]["file_bytes"] / 2
+    for model in (full, quantized):
+        assert model["speed"]["prefill"] > 0
+        assert model["speed"]["decode"] > 0
+        assert model["samples"][0]
+    assert quantized["speed"]["weight_bytes"] < full["speed"]["weight_bytes"] / 2
+    assert found["speed_protocol"]["threads"] == torch.get_num_threads()
+    console = Console(file=StringIO(), width=120)
+    for table in tables(found):
+        console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for said in ("4 windows of 32 tokens", "KL 99 %", "packed codes", "8 tokens read", "the same prompt"):
+        assert said in shown
+
+
+def test_full_precision_is_measured_once(
+    packed: Path, tiny_llama: Path, config: EvalSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    perplexity = measure._perplexity
+
+    def counted(subject: Any, *arguments: Any) -> float:
+        measured.append(subject.name)
+        return perplexity(subject, *arguments)
+
+    monkeypatch.setattr(measure, "_perplexity", counted)
+    first = _compare(packed, tiny_llama, config)
+    again = _compare(packed, tiny_llama, config)
+    assert measured == [str(tiny_llama), str(packed), str(packed)]
+    for name, model in first["models"].items():
+        assert again["models"][name]["perplexity"] == model["perplexity"]
+    _compare(packed, tiny_llama, config.model_copy(update={"cache": False}))
+    assert measured[3:] == [str(tiny_llama), str(packed)]
+
+
+def _with_other_weights(model: Path, protocol: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (model / "model.safetensors").write_bytes(content)
+    return model, protocol
+
+
+def _with_another_tokenizer(model: Path, protocol: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    (model / "tokenizer.json").write_text((model / "tokenizer.json").read_text() + " ")
+    return model, protocol
+
+
+def _with_another_protocol(model: Path, protocol: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    return model, {**protocol, "windows": 5}
+
+
+@pytest.mark.parametrize("change", [_with_other_weights, _with_another_tokenizer, _with_another_protocol])
+def test_nothing_stale_is_served(
+    tmp_path: Path, change: Callable[[Path, dict[str, Any]], tuple[Path, dict[str, Any]]]
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "tokenizer.json").write_text("{}")
+    protocol: dict[str, Any] = {"text": "a", "windows": 4}
+    assert cache.remembered(protocol, model, CPU, lambda: 1.0) == 1.0
+    assert cache.remembered(protocol, model, CPU, lambda: 2.0) == 1.0
+    cache.files_digest.cache_clear()  # a new process
+    model, protocol = change(model, protocol)
+    assert cache.remembered(protocol, model, CPU, lambda: 3.0) == 3.0
+
+
+def test_another_version_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache.remembered({}, tmp_path, CPU, lambda: 1.0) == 1.0
+    monkeypatch.setattr(cache, "version", lambda name: "0.0")
+    assert cache.remembered({}, tmp_path, CPU, lambda: 2.0) == 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_linears_compute_what_packed_ones_do(packed: Path, dtype: torch.dtype) -> None:
+    model = load_packed(packed, dtype=dtype, device=CPU)
+    tokens = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        before = model(tokens).logits
+        dense_linears(model, dtype)
+        after = model(tokens).logits
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert torch.equal(before, after)
+
+
+def test_models_with_different_tokenizers_do_not_compare(
+    packed: Path, tiny_llama: Path, config: EvalSection, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in packed.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="different tokenizers"):
+        _compare(other, tiny_llama, config)

@@ -1,0 +1,59 @@
+"""What the options of `qat eval MODEL...` ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qatcli.errors import UsageError
+from qatcli.evaluation.options import ModelOptions, is_recipe, section
+
+
+def test_a_recipe_is_told_by_its_suffix() -> None:
+    assert is_recipe("recipes/smoke/w2g32.yaml")
+    assert not is_recipe("runs/smoke/pack")
+    assert not is_recipe("model.gguf")
+
+
+def test_nothing_asked_is_wikitext2() -> None:
+    found = section(ModelOptions())
+    assert [(text.name, text.source, text.seq_len) for text in found.perplexity] == [("wikitext2", "wikitext2", 2048)]
+    assert found.zero_shot is None
+    assert not found.kl
+
+
+def test_options_are_the_keys_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "wiki.raw").write_text("text")
+    texts = (str(tmp_path / "wiki.raw"), "c4")
+    found = section(ModelOptions(texts, 128, 3, "piqa, arc_easy", data=str(tmp_path), limit=7, against="full"))
+    assert [text.name for text in found.perplexity] == ["wiki", "c4"]
+    assert {(text.seq_len, text.windows) for text in found.perplexity} == {(128, 3)}
+    assert found.kl
+    assert found.zero_shot is not None
+    assert found.zero_shot.tasks == ("piqa", "arc_easy")
+    assert (found.zero_shot.data, found.zero_shot.limit) == (str(tmp_path), 7)
+
+
+def test_tasks_alone_measure_no_text() -> None:
+    found = section(ModelOptions(zero_shot="paper"))
+    assert found.perplexity == ()
+    assert found.zero_shot is not None
+    assert len(found.zero_shot.tasks) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ModelOptions(limit=3), "--limit needs --zero-shot"),
+        (ModelOptions(data="."), "--data needs --zero-shot"),
+        (ModelOptions(text=("nowhere.txt",)), "nowhere.txt"),
+        (ModelOptions(seq_len=2), "seq_len"),
+        (ModelOptions(windows=0), "windows"),
+        (ModelOptions(zero_shot="paper", data="nowhere"), "no such folder"),
+        (ModelOptions(zero_shot=","), "tasks"),
+    ],
+)
+def test_what_no_recipe_could_say_is_refused(options: ModelOptions, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        section(options)

@@ -1,0 +1,44 @@
+"""Peaks of a stage and of its parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qatcli import memory
+from qatcli.memory import part_peak, peak_memory, start_peak
+
+CPU = torch.device("cpu")
+SIZE = 64 * 2**20
+
+
+def _touch() -> None:
+    torch.ones(SIZE, dtype=torch.uint8)
+
+
+@pytest.fixture(autouse=True)
+def _restartable() -> None:
+    try:
+        memory.PROC_CLEAR.write_text("5")
+    except OSError:
+        pytest.skip("this system does not restart a process's peak")
+
+
+def test_a_part_counts_from_its_own_beginning() -> None:
+    held = torch.ones(SIZE, dtype=torch.uint8)
+    with part_peak(CPU) as rise:
+        assert rise == {}
+        _touch()
+    assert 0.9 * SIZE < rise["host_bytes"] < 1.9 * SIZE
+    assert len(held) == SIZE
+
+
+def test_a_part_does_not_hide_the_peak_before_it() -> None:
+    start_peak(CPU)
+    _touch()
+    before = peak_memory(CPU)["host_bytes"]
+    with part_peak(CPU):
+        pass
+    assert peak_memory(CPU)["host_bytes"] == before
+    start_peak(CPU)
+    assert peak_memory(CPU)["host_bytes"] < before

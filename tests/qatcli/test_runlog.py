@@ -1,0 +1,85 @@
+"""The log of a stage: events in log.jsonl whatever is shown, and a last event that says how the stage ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qatcli.runlog import RunLog
+
+
+def events(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+class Recorder:
+    """Stands for a tracker."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.finished = False
+
+    def event(self, kind: str, fields: dict[str, Any]) -> None:
+        self.seen.append(kind)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.mark.parametrize("verbosity", [-1, 0, 1])
+def test_events_are_logged_whatever_is_shown(
+    tmp_path: Path, verbosity: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "log.jsonl"
+    with RunLog(verbosity=verbosity).stage(file) as log:
+        log.event("step", step=1, loss=0.123456789)
+        log.warn("be careful")
+    found = events(file)
+    assert [event["event"] for event in found] == ["step", "warning"]
+    assert found[0]["loss"] == 0.123456789
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert ("loss=0.1235" in shown.err) == (verbosity == 1)
+    assert ("warning: be careful" in shown.err) == (verbosity >= 0)
+
+
+def test_progress_is_logged_at_its_beginning_and_not_at_every_unit(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    with RunLog(verbosity=-1).stage(file) as log, log.progress("pack", 100, done=3) as bar:
+        for _ in range(97):
+            bar.advance()
+    (event,) = events(file)
+    assert (event["event"], event["title"], event["count"], event["total"]) == ("progress", "pack", 3, 100)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(ValueError("a reason"), "ValueError: a reason"), (KeyboardInterrupt(), "KeyboardInterrupt")]
+)
+def test_a_stage_that_fails_says_why_and_raises(tmp_path: Path, error: BaseException, said: str) -> None:
+    file, tracker = tmp_path / "log.jsonl", Recorder()
+    with pytest.raises(type(error)), RunLog(verbosity=-1).stage(file, [tracker]):  # type: ignore[list-item]
+        raise error
+    assert events(file)[-1]["error"] == said
+    assert tracker.seen == ["stopped"]
+    assert tracker.finished
+
+
+def test_a_disk_that_cannot_be_written_does_not_hide_the_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="first"), RunLog(verbosity=-1).stage(tmp_path / "gone" / "log.jsonl"):
+        raise ValueError("first")
+
+
+def test_events_go_to_the_trackers_of_their_stage_only(tmp_path: Path) -> None:
+    tracker, log = Recorder(), RunLog(verbosity=-1)
+    with log.stage(tmp_path / "log.jsonl", [tracker]) as inside:  # type: ignore[list-item]
+        inside.event("step", step=1, loss=1.0)
+    log.event("outside")
+    assert tracker.seen == ["step"]
+
+
+def test_long_values_are_cut_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    RunLog(verbosity=1).event("start", recipe={"key": "x" * 1000})
+    assert len(capsys.readouterr().err) < 150
