@@ -112,8 +112,8 @@ def read_batches(
         left = iter(batches)
         try:
             while True:
-                while len(waiting) < AHEAD and (rows := next(left, None)) is not None:
-                    waiting.append(reader.submit(_load, streams, rows, device, side))
+                while len(waiting) < AHEAD and (batch := next(left, None)) is not None:
+                    waiting.append(reader.submit(_load, streams, batch, device, side))
                 if not waiting:
                     return
                 tensors, loaded = waiting.popleft().result()

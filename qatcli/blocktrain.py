@@ -18,6 +18,7 @@ from qatcli.recipe.schema import BlockApSection
 from qatcli.stepper import Stepper
 from qatcli.training import Schedule, autocast, peak_rate, scale_unit
 
+
 @dataclass(frozen=True)
 class Windows:
     """What a block trains on: `inputs` it receives and `targets` of the full-precision block, both [S, T, H]."""
@@ -179,7 +180,7 @@ def train_block(
             if stepper.finish(loss_finite=bool(torch.isfinite(loss))):
                 total += loss.detach()
             rate, tokens = stepper.optimizer.param_groups[0]["lr"], inputs[..., 0].numel()
-            progress(f"loss {float(loss):.4g}", part=step / schedule.steps, lr=rate, tokens=tokens)
+            progress(f"loss {float(loss.detach()):.4g}", part=step / schedule.steps, lr=rate, tokens=tokens)
             result.backoffs = stepper.backoffs
             if stepper.exhausted:
                 result.after = stepper.best_loss

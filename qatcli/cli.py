@@ -115,6 +115,7 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL", help="Models: full precision, to diverge from.")
     ] = None,
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="Models: leave speed and memory out.")] = False,
     run: RunOption = None,
     source: FromOption = None,
     overrides: SetOption = None,
@@ -132,7 +133,7 @@ def evaluate(
         result = run_eval(
             targets,
             overrides or [],
-            ModelOptions(text or (), seq_len, windows, zero_shot, data, limit, against),
+            ModelOptions(text or (), seq_len, windows, zero_shot, data, limit, against, no_speed),
             run_dir=run,
             source=_given_source(source),
             restart=restart,

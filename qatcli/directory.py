@@ -32,6 +32,7 @@ from qatcli.interrupts import write_in_hand
 FORMAT_VERSION = 1
 STAGE_FILE = "stage.json"
 RESUME_FILE = "resume.json"
+RESUME_FILES = "resume.*"  # what continuing needs, and a finished stage does not
 LOG_FILE = "log.jsonl"
 REMAKE = "restore the file, or run the stage again with --restart"
 WRITING = ".writing"  # suffix of a file until it is whole
@@ -151,11 +152,17 @@ def _open_lock(file: Path) -> IO[str]:
 
 def recover(path: Path) -> None:
     """Finish a commit that was killed between its renames: the new result is whole by then."""
-    old, partial = path.with_name(path.name + ".old"), path.with_name(path.name + ".partial")
+    old, partial = path.with_name(path.name + ".replaced"), path.with_name(path.name + ".partial")
     if not path.exists() and old.is_dir():
         os.rename(partial if (partial / STAGE_FILE).is_file() else old, path)
     _discard(old)
-    (path / RESUME_FILE).unlink(missing_ok=True)
+    _forget(path)
+
+
+def _forget(path: Path) -> None:
+    """Remove what only an unfinished stage needs."""
+    for file in path.glob(RESUME_FILES):
+        file.unlink()
 
 
 def begin(path: Path, identity: dict[str, Any], *, restart: bool) -> Path:
@@ -204,7 +211,7 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any], path: Path) -> None
 
 def commit(path: Path, partial: Path, facts: dict[str, Any]) -> StageDirectory:
     """Write stage.json, fsync everything and rename the partial directory to its final name."""
-    not_digested = {partial / name for name in (LOG_FILE, RESUME_FILE, STAGE_FILE)}
+    not_digested = {partial / LOG_FILE, partial / STAGE_FILE, *partial.glob(RESUME_FILES)}
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file not in not_digested)
     digests = {str(file.relative_to(partial)): _sha256(file) for file in files}
     facts = json.loads(json.dumps({"format_version": FORMAT_VERSION, **facts, "files": digests}))
@@ -214,7 +221,7 @@ def commit(path: Path, partial: Path, facts: dict[str, Any]) -> StageDirectory:
     _fsync(partial)
     with write_in_hand():
         _rename(partial, path)
-        (path / RESUME_FILE).unlink()  # not before: hashing and syncing take long, and a kill there must lose nothing
+        _forget(path)  # not before: hashing and syncing take long, and a kill meanwhile must lose nothing
         _fsync(path.parent)
     return StageDirectory(path, facts)
 
@@ -224,7 +231,7 @@ def _rename(partial: Path, path: Path) -> None:
     if not path.exists():
         os.rename(partial, path)
         return
-    old = path.with_name(path.name + ".old")
+    old = path.with_name(path.name + ".replaced")
     os.rename(path, old)
     try:
         os.rename(partial, path)

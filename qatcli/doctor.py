@@ -190,7 +190,7 @@ def _wrong(device: Any) -> str:
     weight = torch.sin(torch.arange(16 * 64.0)).reshape(16, 64)
     scale, zero_point = weight.abs().amax(1, keepdim=True) / 2, torch.full((16, 1), 1.0)
     for bits in (2, 3, 4, 8):
-        shape = {"bits": bits, "group_size": -1}
+        shape: dict[str, Any] = {"bits": bits, "group_size": -1}
         step = scale * 4 / 2**bits
         # By hand, in double precision: what every backend has to give.
         level = (weight.double() / step.double()).round().add(1).clamp(0, 2**bits - 1)

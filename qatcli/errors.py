@@ -9,7 +9,7 @@ QatError                 1  something failed while running
  +- ResourceError        6  not enough memory or disk
 
 The number is the exit code of the command. A message names what, where and the valid choices; a hint names
-the next command or edit. Anything that is not a QatError is a bug of ours: the command line saves its traceback to a file.
+the next command or edit. Anything that is not a QatError is a bug of ours; the command line saves its traceback.
 """
 
 from __future__ import annotations

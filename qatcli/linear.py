@@ -127,7 +127,8 @@ def dense_linears(root: nn.Module, dtype: torch.dtype) -> None:
         )
         linear = nn.Linear(quant.in_features, quant.out_features, bias=module.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = module.bias
+        if module.bias is not None:
+            linear.register_parameter("bias", module.bias)
         setattr(root.get_submodule(parent), leaf, linear)
 
 

@@ -46,7 +46,8 @@ def part_peak(device: torch.device) -> Iterator[dict[str, int]]:
     """The dict it gives holds, at the end, how far the part rose above what was in use at its beginning."""
     _highest.update(peak_memory(device))
     _restart(device)
-    before, rise = _in_use(device), {}
+    before = _in_use(device)
+    rise: dict[str, int] = {}
     yield rise
     rise.update({name: max(0, count - before[name]) for name, count in _peak(device).items()})
 

@@ -49,9 +49,7 @@ class Schedule:
         return sum(self.factor(step) for step in range(self.steps))
 
 
-def peak_rate(
-    rate: float, *, units: str, unit_size: float, schedule: Schedule, max_step: float | None = None
-) -> float:
+def peak_rate(rate: float, *, units: str, unit_size: float, schedule: Schedule, max_step: float | None = None) -> float:
     """The peak learning rate for a parameter whose natural step is `unit_size`; `max_step` bounds it, in such steps."""
     if units == "absolute":
         return rate

@@ -160,7 +160,7 @@ def test_killed_stages_resume_to_the_same_bits(
     run, _ = finished_run
     mine = tmp_path / "run"
     shutil.copytree(run / "calibrate", mine / "calibrate")
-    for stage, killed_after in (("block-ap", "model-block-0000.safetensors"), ("e2e-qp", "optimizer.safetensors")):
+    for stage, killed_after in (("block-ap", "model-block-0000.safetensors"), ("e2e-qp", "resume.safetensors")):
         _kill_after_writing(killed_after, stage, mine, smoke_env)
         assert not (mine / stage).exists()
         kept = (mine / f"{stage}.partial" / killed_after).stat()

@@ -92,7 +92,7 @@ def measure(
     base = Subject(reference, config) if reference is not None else None
     subjects = [base if base and candidate is reference else Subject(candidate, config) for candidate in candidates]
     settings = config.speed.model_dump() if config.speed else {}
-    result = {
+    result: dict[str, Any] = {
         "models": {},
         "protocol": {text.name: _protocol(text, subjects[0].windows[text.name], dtype) for text in config.perplexity},
         "zero_shot_protocol": suite.protocol | {"compute": _name(dtype)} if suite else None,
@@ -104,7 +104,7 @@ def measure(
         log.say(f"eval: {subject.name}")
         found: dict[str, Any] = {"loaded_as": subject.candidate.loaded_as, "size": None, "speed": None}
         if settings:  # first, while nothing but the model is there
-            found["speed"] = _speed(subject, device, settings)
+            found["speed"] = _speed(subject, device, settings, log)
         if subject.candidate.path is not None:
             found["size"] = model_size(subject.candidate.files or subject.candidate.path, subject.model)
         found |= _quality(subject, base, suite, config, device=device, dtype=dtype, log=log)
@@ -118,11 +118,11 @@ def measure(
     return dict(finite(result))
 
 
-def _speed(subject: Subject, device: torch.device, settings: dict[str, int]) -> dict[str, Any]:
+def _speed(subject: Subject, device: torch.device, settings: dict[str, int], log: RunLog) -> dict[str, Any]:
     """Speed, and the memory of loading and running: bytes of weights, and the peak of all that was added."""
-    with part_peak(device) as peak:
+    with part_peak(device) as peak, log.progress(f"speed {subject.name}", settings["repeats"]) as bar:
         model = subject.model
-        found = speed(model, device=device, **settings)
+        found = speed(model, device=device, progress=bar.advance, **settings)
     return found | {"dtype": _name(model.dtype), "weight_bytes": weight_bytes(model), "peak": peak}
 
 

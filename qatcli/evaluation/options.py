@@ -27,10 +27,11 @@ class ModelOptions:
     data: str | None = None
     limit: int | None = None
     against: str | None = None
+    no_speed: bool = False
 
     def given(self) -> list[str]:
         """The options that were given, as they are written."""
-        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value not in (None, ())]
+        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value not in (None, (), False)]
 
 
 def is_recipe(target: str) -> bool:
@@ -49,6 +50,7 @@ def section(options: ModelOptions) -> EvalSection:
         "perplexity": [{"name": _name(text), "source": text, **asked} for text in texts],
         "kl": options.against is not None,
         "zero_shot": None if options.zero_shot is None else _zero_shot(options),
+        **({"speed": None} if options.no_speed else {}),
     }
     try:
         return EvalSection.model_validate(content, context=Path.cwd())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -15,8 +16,14 @@ from qatcli.evaluation.cache import device_name
 
 @torch.no_grad()
 def speed(
-    model: Any, *, device: torch.device, prompt_tokens: int, new_tokens: int, repeats: int
-) -> dict[str, int | float]:
+    model: Any,
+    *,
+    device: torch.device,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    progress: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
     """Median tokens per second over `repeats` after one warm-up, with a key-value cache, batch 1, no autocast.
 
     prefill: tokens of the prompt read per second. decode: tokens generated per second, one at a time.
@@ -24,7 +31,8 @@ def speed(
     vocabulary = int(model.config.get_text_config().vocab_size)
     prompt = torch.arange(prompt_tokens, device=device)[None] * 7919 % vocabulary  # speed does not depend on the text
     prefill, decode = [], []
-    for _ in range(repeats + 1):
+    _step(model, *_step(model, prompt, None))  # what is compiled, tuned or allocated once
+    for _ in range(repeats):
         start = _now(device)
         token, past = _step(model, prompt, None)
         middle = _now(device)
@@ -32,7 +40,8 @@ def speed(
             token, past = _step(model, token, past)
         prefill.append(prompt_tokens / (middle - start))
         decode.append(new_tokens / (_now(device) - middle))
-    return {"prefill": round(median(prefill[1:]), 2), "decode": round(median(decode[1:]), 2)}
+        progress(1)
+    return {"prefill": round(median(prefill), 2), "decode": round(median(decode), 2)}
 
 
 def conditions(device: torch.device, *, prompt_tokens: int, new_tokens: int, repeats: int) -> dict[str, Any]:

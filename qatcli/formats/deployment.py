@@ -53,7 +53,7 @@ def bitblas(zeros_name: str) -> list[Deployment]:
 def native() -> list[Deployment]:
     """Rows for our own packed checkpoint."""
     return [
-        Deployment("qat", "this release", "qat eval RECIPE --from .", "CPU and CUDA, every bit width"),
+        Deployment("qat", "this release", "qat eval . --text wikitext2", "CPU and CUDA, every bit width"),
         Deployment("transformers", ">= 5.17 with qatcli", "import qatcli; AutoModelForCausalLM.from_pretrained('.')"),
     ]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qatcli.errors import InputError
-from qatcli.models.source import ModelSource
+from qatcli.models.source import ModelSource, refused
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def open_blocks(source: ModelSource) -> BlockModel:
     InputError when no ModuleList has as many entries as the config has hidden layers.
     """
     config = source.config()
-    with init_empty_weights(include_buffers=False):
+    with refused(f"{source.path}: transformers cannot build this model"), init_empty_weights(include_buffers=False):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     skeleton.tie_weights()
     layers = config.get_text_config().num_hidden_layers

@@ -28,6 +28,7 @@ from qatcli.packed import companion_files, read_config
 from qatcli.shards import read_header, shard_map
 
 FINGERPRINT_BYTES = 1024  # of every tensor
+MOST_LAYERS = 1000
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -43,11 +44,7 @@ class ModelSource:
     def config(self) -> Any:
         """The transformers configuration."""
         with refused(f"{self.path}: transformers does not accept its config.json"):
-            config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-            layers = config.get_text_config().num_hidden_layers
-            if not 0 < layers <= max(100, len(self.shards)):  # a billion empty layers would be built one by one
-                raise ValueError(f"{layers} layers, but {len(self.shards)} tensors in the checkpoint")
-            return config
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
 
     def tokenizer(self) -> Any:
         """The tokenizer that travels with the model."""
@@ -118,13 +115,20 @@ def open_source(
         path = _convert_gguf(path / gguf_file)
     elif not path.is_dir():
         path = _download(source, revision, gguf_file)
-    _refuse_kernels(path, read_config(path), trust_remote_code)
+    check_config(path, trust_remote_code=trust_remote_code)
     shards = shard_map(path)
     return ModelSource(path, trust_remote_code, _fingerprint(path, shards), shards)
 
 
-def _refuse_kernels(path: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
-    """InputError when a config names attention code to be fetched from the hub, which transformers would execute."""
+def check_config(path: Path, *, trust_remote_code: bool) -> None:
+    """InputError for a config.json that must not reach transformers.
+
+    It names attention code to be fetched from the hub and executed, or layers that would be built one by one for days.
+    """
+    config = read_config(path)
+    for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        if isinstance(config.get(key), int) and not 0 < config[key] <= MOST_LAYERS:
+            raise InputError(f"{path}/config.json: {key} is {config[key]}", hint="restore the config.json of the model")
     keys = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
     chosen = [json.dumps(config[key]) for key in keys if "/" in json.dumps(config.get(key))]
     if chosen and not trust_remote_code:

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from qatcli.blockfiles import block_quants
 from qatcli.linear import replace_modules
 from qatcli.models.blocks import BlockModel, open_blocks
-from qatcli.models.source import ModelSource, converted, refused
+from qatcli.models.source import ModelSource, check_config, converted, refused
 from qatcli.packed import ModuleQuant
 from qatcli.plan.tracing import CPU, LINEARS, Passes, trace, without_data
 from qatcli.recipe.schema import ModelSection, QuantSection
@@ -45,6 +45,8 @@ class _Configuration:
     @cached_property
     def _config(self) -> Any:
         source, options = self.section.source, {"trust_remote_code": self.trust_remote_code}
+        if Path(source).is_dir() and not self.section.gguf_file:
+            check_config(Path(source), trust_remote_code=self.trust_remote_code)
         with refused(f"model.source {source}: transformers does not accept its configuration"):
             if Path(source).is_file():
                 kept = converted(Path(source))

@@ -318,10 +318,10 @@ class SpeedSection(Section):
 
     prompt_tokens: Count = 512
     """Tokens of the prompt."""
-    new_tokens: Count = 32
+    new_tokens: Count = 16
     """Tokens generated after it."""
     repeats: Count = 3
-    """Measurements, of which the median counts; one more warms up."""
+    """Measurements, of which the median counts; the prompt and one token more warm up."""
 
 
 class EvalSection(Section):

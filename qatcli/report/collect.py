@@ -184,7 +184,7 @@ def _export(metrics: dict[str, Any]) -> dict[str, Any]:
 def _export_names(run_dir: Path) -> list[str]:
     folder = run_dir / "export"
     names = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
-    return sorted({name.removesuffix(".partial").removesuffix(".old") for name in names})
+    return sorted({name.removesuffix(".partial").removesuffix(".replaced") for name in names})
 
 
 def _no_run(run_dir: Path) -> InputError:

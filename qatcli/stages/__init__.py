@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 VERSIONED = ("qatcli", "torch", "transformers", "safetensors", "triton")
 # Keys that change where and how fast a stage runs but not what it computes: a resume may change them.
-FREE_KEYS = ("block_ap.cache", "e2e_qp.checkpoint_every", "export.formats", "eval.cache")
+FREE_KEYS = ("block_ap.cache", "export.formats", "eval.cache")
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def run_stage(
     """Run one stage to its end, or return its directory if the same recipe and input already finished it.
 
     With a `variant` the directory is `<stage>/<variant>`. Resumes an interrupted run of the same stage.
-    Errors: UsageError when recipe or input differ from what is there, InputError when the input is missing or damaged,
-    and whatever the stage raises.
+    Errors: InputError when recipe or input differ from what is there, or the input is missing or damaged; UsageError
+    when another process is at work; and whatever the stage raises.
     """
     from qatcli.plan import require  # loads torch and transformers
 

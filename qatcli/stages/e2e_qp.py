@@ -31,7 +31,7 @@ from qatcli.stages import Job, open_model
 from qatcli.stepper import Stepper
 from qatcli.training import Schedule, autocast, compute_dtype, peak_rate, scale_unit
 
-STATE = "optimizer.safetensors"
+STATE = "resume.safetensors"  # removed once the stage is committed
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -55,7 +55,6 @@ def run(job: Job) -> dict[str, Any]:
     trainer = _Trainer(student, teacher, trained, config, held_out, dtype, job)
     metrics = trainer.train(train)
     _write(job, checkpoint, {name: parameter.detach() for name, parameter in trained.items()})
-    (job.out / STATE).unlink(missing_ok=True)
     return metrics
 
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qatcli.directory import LOG_FILE, RESUME_FILE, adopt, write_json
+from qatcli.directory import LOG_FILE, RESUME_FILE, STAGE_FILE, adopt, write_json
 from qatcli.errors import QatError
 from qatcli.formats import FORMATS, ExportOptions, require_passed
 from qatcli.formats.card import deployments_of
@@ -37,7 +37,7 @@ def run(job: Job) -> dict[str, Any]:
     if written.is_dir():
         adopt(written, job.out)
     job.log.say(deployments_of(job.out))
-    own = (VERIFICATION, LOG_FILE, RESUME_FILE)
+    own = (VERIFICATION, LOG_FILE, RESUME_FILE, STAGE_FILE)
     size = sum(file.stat().st_size for file in job.out.rglob("*") if file.is_file() and file.name not in own)
     metrics: dict[str, Any] = {"format": job.variant, "bytes": size, "verified": job.recipe.export.verify}
     if not job.recipe.export.verify:

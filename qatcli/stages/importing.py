@@ -10,6 +10,7 @@ from typing import Any
 
 from qatcli.directory import adopt
 from qatcli.formats.importing import import_checkpoint
+from qatcli.models.source import refused
 from qatcli.packed import PackedCheckpoint
 from qatcli.sizes import bits_per_weight
 from qatcli.stages import Job
@@ -19,7 +20,8 @@ def run(job: Job) -> dict[str, Any]:
     """Convert the checkpoint given with --from."""
     written = job.out / "written"
     if not written.is_dir():  # else it was killed while the files were moved
-        import_checkpoint(job.input.path, written)
+        with refused(f"{job.input.path} cannot be imported"):
+            import_checkpoint(job.input.path, written)
     adopt(written, job.out)
     checkpoint = PackedCheckpoint.open(job.out)
     return {"linears": len(checkpoint.modules), **bits_per_weight(checkpoint)}

@@ -25,7 +25,8 @@ STAGE_OPTIONS = {"--run", "--from", "--set", "--restart", "--device", "--json", 
 FROZEN = {
     **dict.fromkeys(["calibrate", "block-ap", "e2e-qp", "pack", "import"], STAGE_OPTIONS),
     # A model brings no recipe with it, so the options say what to measure.
-    "eval": STAGE_OPTIONS | {"--text", "--seq-len", "--windows", "--zero-shot", "--data", "--limit", "--against"},
+    "eval": STAGE_OPTIONS
+    | {"--text", "--seq-len", "--windows", "--zero-shot", "--data", "--limit", "--against", "--no-speed"},
     "export": STAGE_OPTIONS | {"--format", "--verify", "--no-verify"},
     "run": STAGE_OPTIONS - {"--from"},
     "inspect": {"--json"},

@@ -186,6 +186,15 @@ def test_the_same_identity_continues_what_is_there(tmp_path: Path) -> None:
     assert (again / "block-0").read_text() == "done"
 
 
+def test_what_only_a_resume_needs_is_kept_until_the_commit_and_not_longer(tmp_path: Path) -> None:
+    path = tmp_path / "e2e-qp"
+    partial = begin(path, IDENTITY, restart=False)
+    (partial / "resume.safetensors").write_text("optimizer")
+    (partial / "model.safetensors").write_text("weights")
+    assert list(commit(path, partial, FACTS).facts["files"]) == ["model.safetensors"]
+    assert names(path) == ["model.safetensors", "stage.json"]
+
+
 def test_another_identity_is_refused_by_the_names_of_the_keys(tmp_path: Path) -> None:
     path = tmp_path / "block-ap"
     partial = begin(path, IDENTITY, restart=False)
@@ -255,7 +264,7 @@ def test_half_written_files_and_lines_do_not_survive_a_kill(tmp_path: Path) -> N
     path = tmp_path / "block-ap"
     partial = begin(path, IDENTITY, restart=False)
     (partial / "log.jsonl").write_text('{"event": "start"}\n{"event": "blo')
-    (partial / "optimizer.safetensors.writing").write_text("half")
+    (partial / "resume.safetensors.writing").write_text("half")
     begin(path, IDENTITY, restart=False)
     assert names(partial) == ["log.jsonl", "resume.json"]
     assert (partial / "log.jsonl").read_text() == '{"event": "start"}\n'

@@ -12,7 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qatcli.errors import InputError, ResourceError
-from qatcli.shards import INDEX, SINGLE, ShardWriter, index_shards, load_tensors, save_tensors, shard_map
+from qatcli.shards import (
+    INDEX,
+    SINGLE,
+    ShardWriter,
+    index_shards,
+    load_tensors,
+    read_header,
+    save_tensors,
+    shard_map,
+)
 
 
 @pytest.fixture
@@ -151,3 +160,40 @@ def test_a_truncated_file_is_refused(tmp_path: Path, tensors: dict[str, Tensor],
         load_tensors(tmp_path / SINGLE)
     with pytest.raises(InputError, match="absent"):
         load_tensors(tmp_path / "absent.safetensors")
+
+
+def test_a_killed_writer_is_continued_where_its_last_whole_shard_ends(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    def write(path: Path, stop: int | None = None, *, resume: bool = False) -> ShardWriter:
+        writer = ShardWriter(path, max_shard_bytes=80, resume=resume)
+        for name in list(tensors)[:stop]:
+            writer.add(name, tensors[name])
+        return writer
+
+    write(tmp_path / "whole").close()
+    write(tmp_path / "killed", 4)  # a and b are on disk, c and d were in memory
+    kept = (tmp_path / "killed" / "shard-0.tmp").stat()
+    (tmp_path / "killed" / "shard-1.tmp.writing").write_bytes(b"half")
+    writer = write(tmp_path / "killed", resume=True)
+    assert writer.kept == {"a", "b"}
+    with pytest.raises(ValueError, match="added twice"):
+        writer.add("a", tensors["a"])
+    writer.close()
+    (tmp_path / "killed" / "shard-1.tmp.writing").unlink(missing_ok=True)
+    assert names(tmp_path / "killed") == names(tmp_path / "whole")
+    for name in names(tmp_path / "whole"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (tmp_path / "killed" / "model-00001-of-00003.safetensors").stat().st_ino == kept.st_ino
+    assert ShardWriter(tmp_path / "killed").kept == frozenset()
+
+
+def test_a_header_is_read_without_the_data(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, 3, dtype=torch.float16), "b": torch.ones(5)}, tmp_path / SINGLE)
+    header = read_header(tmp_path / SINGLE)
+    assert {name: (entry.dtype, entry.shape, entry.bytes) for name, entry in header.items()} == {
+        "a": ("F16", (2, 3), 12),
+        "b": ("F32", (5,), 20),
+    }
+    content = (tmp_path / SINGLE).read_bytes()
+    assert content[header["b"].begin : header["b"].end] == torch.ones(5).numpy().tobytes()

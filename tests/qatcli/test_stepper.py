@@ -14,7 +14,9 @@ from qatcli.training import Schedule
 CPU = torch.device("cpu")
 
 
-def make_stepper(parameter: nn.Parameter, dtype: torch.dtype = torch.float32, grad_clip: float | None = None) -> Stepper:
+def make_stepper(
+    parameter: nn.Parameter, dtype: torch.dtype = torch.float32, grad_clip: float | None = None
+) -> Stepper:
     schedule = Schedule(8, floor=1.0)
     return Stepper([{"params": [parameter], "peak": 0.1}], schedule, dtype=dtype, device=CPU, grad_clip=grad_clip)
 

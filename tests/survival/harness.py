@@ -181,7 +181,9 @@ class Chain:
         allowed = 2 if stage == "e2e-qp" else 1  # checkpoint_every of the smoke recipe; one block
         if made_twice > allowed:
             problems.append(f"{made_twice} units made twice")
-        left = [path.name for path in run.rglob("*") if path.name.endswith((".partial", ".lock", ".writing", ".old"))]
+        left = [
+            path.name for path in run.rglob("*") if path.name.endswith((".partial", ".lock", ".writing", ".replaced"))
+        ]
         return Row(
             stage,
             fault,
@@ -209,8 +211,10 @@ class Chain:
             problems.append("does not say how to continue")
         if struck.code == 6 and not ("error:" in struck.stderr and "hint:" in struck.stderr):
             problems.append("no sentence")
-        if (run / stage / "stage.json").is_file() and self.compare(stage, run):
-            problems.append("half a result under the final name")
+        committed = run / stage / ("" if stage != "export" else self.formats[0])
+        if committed.is_dir():  # killed after the rename, perhaps before the last file of the work was removed
+            missing = [name for name in self.compare(stage, run) if not name.endswith("resume.json is unexpected")]
+            problems += [f"half a result under the final name: {name}" for name in missing]
         return problems
 
     def compare(self, stage: str, run: Path) -> list[str]:

@@ -68,7 +68,7 @@ def attempt(chain: Chain, bad: Case, folder: Path, model: Path) -> tuple[Done, l
     place.recipe.write_text(chain.recipe.read_text())
     for stage in STAGES[: STAGES.index(bad.stage)] if bad.stage in STAGES else STAGES:
         shutil.copytree(chain.reference / stage, place.run / stage)
-    arguments = chain.command(bad.stage, place.run) if bad.stage in STAGES else ["inspect"]
+    arguments = ["inspect"] if bad.stage == "inspect" else chain.command(bad.stage, place.run)
     arguments = [str(place.recipe) if part == str(chain.recipe) else part for part in arguments]
     arguments += bad.damage(place) or []
     before = contents(place.outside)
@@ -203,10 +203,8 @@ def _(p: Place) -> list[str]:
 
 @case("recipe edited before a resume", "block-ap", 3, "block_ap.lr_weights: was")
 def _(p: Place) -> list[str]:
-    partial = p.run / "block-ap.partial"
-    partial.mkdir()
-    identity = json.loads((p.run.parent / "identity.json").read_text()) if False else {"block_ap": {"lr_weights": 9}}
-    (partial / "resume.json").write_text(json.dumps(identity))
+    (p.run / "block-ap.partial").mkdir()
+    (p.run / "block-ap.partial" / "resume.json").write_text('{"block_ap": {"lr_weights": 9}}')
     return []
 
 
@@ -285,14 +283,14 @@ def raw_config(name: str, said: str, content: bytes) -> None:
         return use(p)
 
 
-config("hidden_size is text", "does not accept its config.json", lambda c: c.update(hidden_size="big"))
+config("hidden_size is text", "transformers does not accept", lambda c: c.update(hidden_size="big"))
 config("no attention heads", "", lambda c: c.update(num_attention_heads=0))
-config("a billion layers", "does not accept its config.json", lambda c: c.update(num_hidden_layers=10**9))
-config("-1 layers", "does not accept its config.json", lambda c: c.update(num_hidden_layers=-1))
-config("layers is null", "does not accept its config.json", lambda c: c.update(num_hidden_layers=None))
+config("a billion layers", "transformers does not accept", lambda c: c.update(num_hidden_layers=10**9))
+config("-1 layers", "transformers does not accept", lambda c: c.update(num_hidden_layers=-1))
+config("layers is null", "transformers does not accept", lambda c: c.update(num_hidden_layers=None))
 config("other sizes than the weights", "", lambda c: c.update(hidden_size=128))
-config("unknown model_type", "does not accept its config.json", lambda c: c.update(model_type="never-heard-of"))
-config("model_type is a list", "does not accept its config.json", lambda c: c.update(model_type=["llama"]))
+config("unknown model_type", "transformers does not accept", lambda c: c.update(model_type="never-heard-of"))
+config("model_type is a list", "transformers does not accept", lambda c: c.update(model_type=["llama"]))
 config("attention code of the hub", "asks for code from the hub", lambda c: c.update(attn_implementation="evil/kernel"))
 config("weights named elsewhere", "", lambda c: c.update(transformers_weights="../outside/x.bin", hidden_size=65))
 raw_config("empty", "malformed", b"")
@@ -440,6 +438,27 @@ def _(p: Place) -> None:
     file.rename(p.outside / "tokenizer_config.json")
     file.symlink_to(p.outside / "tokenizer_config.json")
     sign(p.run / "pack")
+
+
+# A checkpoint of another tool.
+
+
+def foreign(name: str, said: str, how: Callable[[Path], Any]) -> None:
+    """A case that imports a damaged GPTQ checkpoint."""
+
+    @case(f"import: {name}", "import", 3, said)
+    def _(p: Place) -> list[str]:
+        source = shutil.copytree(p.run / "export" / "gptq", p.run.parent / "foreign")
+        how(source)
+        return ["--from", str(source)]
+
+
+foreign("bits are text", "", quantization(lambda q: q.update(bits="many")))
+foreign("settings are a list", "", lambda path: edit(path / "config.json", lambda c: c.update(quantization_config=[1])))
+foreign("other group size", "", quantization(lambda q: q.update(group_size=48)))
+foreign("no layers", "", lambda path: edit(path / "config.json", lambda c: c.update(num_hidden_layers=0)))
+foreign("a missing shard", "is missing", lambda path: sorted(path.glob("*.safetensors"))[0].unlink())
+foreign("not a checkpoint", "config.json", lambda path: (path / "config.json").unlink())
 
 
 # Tokenizer files.

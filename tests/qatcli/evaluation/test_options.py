@@ -38,6 +38,8 @@ def test_options_are_the_keys_of_a_recipe(tmp_path: Path) -> None:
 def test_tasks_alone_measure_no_text() -> None:
     found = section(ModelOptions(zero_shot="paper"))
     assert found.perplexity == ()
+    assert found.speed is not None
+    assert section(ModelOptions(zero_shot="paper", no_speed=True)).speed is None
     assert found.zero_shot is not None
     assert len(found.zero_shot.tasks) == 5
 

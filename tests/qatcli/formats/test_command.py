@@ -74,7 +74,7 @@ def test_an_export_comes_back_and_goes_on(
     again = PackedCheckpoint.open(run / "export" / "native")
     assert again.modules == before.modules
     results = []
-    for place in (original / "pack", run / "export" / "native"):
+    for place in (original / "pack", run / "import"):
         done = qat("eval", RECIPE, "--run", tmp_path / place.name, "--from", place, "--json", env=environment)
         results.append(json.loads(done.stdout)["metrics"]["models"]["quantized"]["perplexity"])
     assert results[0] == results[1]

@@ -60,8 +60,8 @@ def test_runtime_computes_what_the_checkpoint_says(
     _needs(runtime)
     checkpoint = packed(bits, **options)
     # Files this small make many shards: every runtime has to find its tensors through the index.
-    options = replace(WITHOUT, awq_promote=True, max_shard_bytes=60_000)
-    FORMATS[format_name].write(checkpoint, tmp_path / "out", options)
+    sharded = replace(WITHOUT, awq_promote=True, max_shard_bytes=60_000)
+    FORMATS[format_name].write(checkpoint, tmp_path / "out", sharded)
     assert format_name == "gguf" or (tmp_path / "out" / "model.safetensors.index.json").is_file()
     report = run(runtime, checkpoint, tmp_path / "out", reference(checkpoint))
     assert report.ran

@@ -88,7 +88,7 @@ def test_everything_is_reported_at_once(
             'FILE: expect.a.value = "x": should be a valid number, unable to parse string as a number',
             "FILE: expect.b = 7: must be a mapping of keys",
             'FILE: colour = "blue": unknown key; one of method, model, quant, calibrate, block_ap, e2e_qp, pack, '
-            "export, eval, expect",
+            "export, eval, expect, track",
         ]
     )
 
