@@ -16,17 +16,21 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. InputError when it is absent, no regular file, too large or anything but an object."""
     try:
         if not file.is_file():
-            raise InputError(f"{file} does not exist" if not file.exists() else f"{file} is not a regular file")
+            raise _malformed(file, "does not exist" if not file.exists() else "is not a regular file")
         if file.stat().st_size > JSON_LIMIT:
-            raise InputError(f"{file} has {file.stat().st_size} bytes, more than any such file needs")
+            raise _malformed(file, f"has {file.stat().st_size} bytes, more than any such file needs")
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON, or a number of thousands of digits
-        raise InputError(f"{file} is malformed or cannot be read: {error}") from error
+        raise _malformed(file, f"is malformed or cannot be read: {error}") from error
     except RecursionError:
-        raise InputError(f"{file} is malformed: nested too deeply") from None
+        raise _malformed(file, "is malformed: nested too deeply") from None
     if not isinstance(value, dict):
-        raise InputError(f"{file} is malformed: it is not a JSON object")
+        raise _malformed(file, "is malformed: it is not a JSON object")
     return value
+
+
+def _malformed(file: Path, what: str) -> InputError:
+    return InputError(f"{file} {what}", hint="restore the file, or make the directory it is in again")
 
 
 def file_inside(directory: Path, name: object) -> Path:
@@ -36,7 +40,7 @@ def file_inside(directory: Path, name: object) -> Path:
     the exception: its files are links into the same repository's cache.
     """
     if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts or not name:
-        raise InputError(f"{directory} names a file outside of itself: {name!r}")
+        raise InputError(f"{directory} names a file outside of itself: {name!r}", hint="do not use this directory")
     file = directory / name
     if not file.is_file():
         raise InputError(

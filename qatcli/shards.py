@@ -138,10 +138,13 @@ def shard_map(path: Path) -> dict[str, str]:
         return dict.fromkeys(sorted(read_header(file_inside(path, SINGLE))), SINGLE)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError(f"{index} is malformed: weight_map does not say which file holds which tensor")
+        raise InputError(
+            f"{index} is malformed: weight_map does not say which file holds which tensor",
+            hint="copy or make the checkpoint again",
+        )
     for name in set(weight_map.values()):
         if Path(name).name != name:
-            raise InputError(f"{index} points outside its directory: {name!r}")
+            raise InputError(f"{index} points outside its directory: {name!r}", hint="do not use this checkpoint")
         file_inside(path, name)
     return weight_map
 

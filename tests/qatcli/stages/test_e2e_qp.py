@@ -149,11 +149,11 @@ def test_scales_train_and_nothing_else_changes(stage: Callable[..., Job], random
         assert metrics[figure] == pytest.approx(held_out_loss(model, held_out, teacher), rel=1e-4)
 
 
-def test_the_stage_leaves_its_files_and_no_optimizer_state(stage: Callable[..., Job]) -> None:
+def test_the_stage_leaves_its_files_and_what_a_resume_needs_until_the_commit(stage: Callable[..., Job]) -> None:
     job = stage(checkpoint_every=1)
     run(job)
     assert {file.name for file in job.out.iterdir()} == {
-        *("config.json", "data.json", "model.safetensors", "windows.safetensors")
+        *("config.json", "data.json", "model.safetensors", "windows.safetensors", "resume.safetensors")
     }
     assert PackedCheckpoint.open(job.out).modules == PackedCheckpoint.open(job.input.path).modules
 
