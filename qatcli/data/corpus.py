@@ -27,7 +27,7 @@ from qatcli.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BYTE_LIMIT = 2**30
+BYTE_LIMIT = 2**30
 _SPLITTABLE = 10  # the fewest documents of which a tenth is one
 _SPECIAL_TOKENS = 8  # more than any tokenizer puts around a document
 
@@ -106,7 +106,7 @@ def check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> None
 
 def _read_part(part: Part, format_: str, field: str, *, share: int, limit: int) -> tuple[str, list[Record], int]:
     """(format, records that are not empty, how many are). Raises InputError when there is none to keep."""
-    budget = _BYTE_LIMIT // share
+    budget = BYTE_LIMIT // share
     records: list[Record] = []
     skipped = 0
     for found, record in islice(_parsed(part, format_, field), max(1, limit // share)):

@@ -22,6 +22,8 @@ from qatcli.directory import write_json
 from qatcli.models.source import cache_directory
 
 LIBRARIES = ("torch", "transformers", "tokenizers")
+# sha256 over the code that measures, as it is when it is loaded
+CODE = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 
 def remembered(protocol: dict[str, Any], model: Path, device: torch.device, measure: Callable[[], Any]) -> Any:
@@ -34,7 +36,7 @@ def remembered(protocol: dict[str, Any], model: Path, device: torch.device, meas
         "model": files_digest(model),
         "device": device_name(device),
         "versions": {name: version(name) for name in LIBRARIES},
-        "code": _code_digest(),
+        "code": CODE,
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     file = cache_directory() / "evaluation" / f"{name}.json"
@@ -63,12 +65,3 @@ def device_name(device: torch.device) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-@cache
-def _code_digest() -> str:
-    """sha256 over the code that measures."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -138,6 +140,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _fingerprint(task: Any) -> str:
-    """Identifies the rows of a task from the hub."""
-    docs = task.eval_docs
-    return str(getattr(docs, "_fingerprint", None) or id(docs))
+    """sha256 of the rows of a task from the hub."""
+    digest = hashlib.sha256()
+    for row in task.eval_docs:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()

@@ -133,6 +133,13 @@ def open_blocks(source: ModelSource) -> BlockModel:
     with refused(f"{source.path}: transformers cannot build this model"), init_empty_weights(include_buffers=False):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     skeleton.tie_weights()
+    for name, parameter in skeleton.named_parameters():
+        implied, found = list(parameter.shape), list(source.shapes.get(name, parameter.shape))
+        if found != implied:
+            raise InputError(
+                f"{source.path}: {name} is {found}, but config.json implies {implied}",
+                hint="weights and config.json are of different models; copy the checkpoint again",
+            )
     layers = config.get_text_config().num_hidden_layers
     candidates = {
         name: sum(p.numel() for p in module.parameters())

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qatcli.errors import InputError, QatError, missing_extra
 from qatcli.packed import companion_files, read_config
-from qatcli.shards import read_header, shard_map
+from qatcli.shards import TensorEntry, read_header, shard_map
 
 FINGERPRINT_BYTES = 1024  # of every tensor
 MOST_LAYERS = 1000
@@ -40,6 +40,7 @@ class ModelSource:
     trust_remote_code: bool
     fingerprint: str
     shards: dict[str, str] = field(repr=False)  # tensor name -> file name
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
 
     def config(self) -> Any:
         """The transformers configuration."""
@@ -117,7 +118,9 @@ def open_source(
         path = _download(source, revision, gguf_file)
     check_config(path, trust_remote_code=trust_remote_code)
     shards = shard_map(path)
-    return ModelSource(path, trust_remote_code, _fingerprint(path, shards), shards)
+    headers = {file: read_header(path / file) for file in sorted(set(shards.values()))}
+    shapes = {name: entry.shape for header in headers.values() for name, entry in header.items()}
+    return ModelSource(path, trust_remote_code, _fingerprint(path, headers), shards, shapes)
 
 
 def check_config(path: Path, *, trust_remote_code: bool) -> None:
@@ -193,14 +196,13 @@ def _convert_gguf(file: Path) -> Path:
     return target
 
 
-def _fingerprint(path: Path, shards: dict[str, str]) -> str:
+def _fingerprint(path: Path, headers: dict[str, dict[str, TensorEntry]]) -> str:
     """sha256 over config.json and, of every tensor, name, type, shape and the first bytes.
 
     Not over all bytes, which takes minutes for a large model: any training changes the beginning of a tensor, too.
     """
     digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(set(shards.values())):
-        entries = read_header(path / file)
+    for file, entries in headers.items():
         with open(path / file, "rb") as handle:
             for name in sorted(entries):
                 entry = entries[name]

@@ -18,7 +18,7 @@ from qatcli.activations import StreamBudget, stream_budget
 from qatcli.errors import ResourceError
 from qatcli.memory import release_memory
 from qatcli.plan.model import PlannedModel
-from qatcli.plan.needs import MEMORY, Phase, Setting, Stream, disk_bytes
+from qatcli.plan.needs import MEMORY, Setting, Stream, disk_bytes
 from qatcli.recipe import ModelSection, QuantSection, Recipe
 
 GIB = 2**30
@@ -57,24 +57,18 @@ def need(s: Setting, stage: str, variant: str = "") -> Need:
     """Predict one stage."""
     phases = MEMORY[stage](s)
     streams = s.streams(stage)
-
-    def total(phase: Phase) -> int:
-        return sum(phase.compute.values()) + (sum(phase.host.values()) if s.on_cpu else 0)
-
-    largest = max(phases, key=total)
-    host = max(total(phase) if s.on_cpu else sum(phase.host.values()) for phase in phases)
-    parts = dict(largest.compute)
-    for name, size in largest.host.items() if s.on_cpu else ():
-        parts[name] = parts.get(name, 0) + size
+    parts = {phase.name: phase.parts(on_cpu=s.on_cpu) for phase in phases}
+    peak = max(parts, key=lambda name: sum(parts[name].values()))
+    most = sum(parts[peak].values())
     return Need(
         stage=f"{stage} {variant}".strip(),
-        device=None if s.on_cpu else total(largest),
-        host=libraries() + host,
+        device=None if s.on_cpu else most,
+        host=libraries() + (most if s.on_cpu else max(sum(phase.host.values()) for phase in phases)),
         disk=disk_bytes(s, stage, variant),
         cache=sum(stream.bytes for stream in streams if stream.place == "file"),
         streams=tuple(streams),
-        peak=largest.name,
-        parts={name: size for name, size in parts.items() if size},
+        peak=peak,
+        parts=parts[peak],
     )
 
 

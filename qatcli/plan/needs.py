@@ -1,26 +1,34 @@
 """What every stage keeps in memory at a time, and what it writes: one function per stage, read off its code.
 
-A stage is a list of phases; its peak is its largest phase. A phase says what lives where the blocks run (`compute`) and
-what in host memory whatever the device (`host`); on a CPU both are host memory. Left out: the text that is tokenized,
-and the working memory of libraries.
+A stage is a list of phases; its peak is its largest phase. A phase says what stays where the blocks run (`compute`),
+what comes and goes there (`work`), and what is in host memory whatever the device (`host`); on a CPU all of it is host
+memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
 
 import torch
 
 from qatcli.activations import AHEAD, SWEEP_BATCH, Place, StreamBudget
+from qatcli.data.corpus import BYTE_LIMIT
 from qatcli.evaluation.measure import BATCH_TOKENS
 from qatcli.packed import ModuleQuant
 from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
-from qatcli.recipe import Recipe
+from qatcli.recipe import DataSource, Recipe
 from qatcli.training import compute_dtype
 
 FP32 = 4
 SHARD = int(5e9)  # bytes that a ShardWriter collects before it writes
+HEAP = 1.33  # what C's allocator holds over what is in use, where tensors of many sizes come and go (measured)
+TOKENIZER = 2**26
+TEXT_LIBRARIES = 2**26  # what reads files and hub data sets
+UNSEEN_TEXT = 2**29  # bytes of a data set on the hub; more than twice that is never read
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,15 @@ class Phase:
 
     name: str
     compute: dict[str, int] = field(default_factory=dict)
+    work: dict[str, int] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
+
+    def parts(self, *, on_cpu: bool) -> dict[str, int]:
+        """What is on the GPU by name, or in all where there is none."""
+        found = Counter(self.compute)
+        found.update({name: int(size * HEAP) if on_cpu else size for name, size in self.work.items()})
+        found.update(self.host if on_cpu else {})
+        return {name: size for name, size in found.items() if size}
 
 
 @dataclass(frozen=True)
@@ -97,9 +113,11 @@ def calibrate(s: Setting) -> list[Phase]:
     # The search and the error of a linear: four temporaries of its size in fp32.
     rounding = 4 * FP32 * _largest(model) + codes
     forward = model.passes("dense", SWEEP_BATCH, seq_len, dtype, dtype).forward
+    parameters = {**inside, "block": FP32 * block}
     return [
-        _first_inputs(s, inside, beside),
-        Phase("blocks", {**inside, "block": FP32 * block, "work": max(forward, rounding)}, _read(s, beside, block)),
+        _text(s.recipe.calibrate.data),
+        _first_inputs(s, inside, beside, tokenizer=TOKENIZER),
+        Phase("blocks", parameters, {"work": max(forward, rounding)}, _read(s, beside, block, tokenizer=TOKENIZER)),
         _finish(s, inside, beside),
     ]
 
@@ -123,15 +141,15 @@ def block_ap(s: Setting) -> list[Phase]:
         # error_feedback: five matrices of the Hessian's size; the weight, its compensated form and two temporaries.
         feedback = FP32 * (5 * widest**2 + 4 * _largest(model))
         work = {"Hessians": FP32 * hessians, "work": max(feedback, 2 * FP32 * widest**2 + passes.forward)}
-        phases.append(Phase("error feedback", {**parameters, "trained block": FP32 * block, **work}, dict(beside)))
+        phases.append(Phase("error feedback", {**parameters, "trained block": FP32 * block}, work, dict(beside)))
     if config.epochs:
         trained = block + 2 * groups_of(quants)
         # Adam's two moments; the best iterate, of which there are two while a better one is copied.
         optimizer = {"optimizer": 2 * FP32 * trained, "best iterate": 2 * FP32 * trained}
-        work = {"gradients and kept activations": passes.training}
-        phases.append(Phase("training", {**parameters, **optimizer, **batches, **work}, dict(beside)))
+        work = {**batches, "gradients and kept activations": passes.training}
+        phases.append(Phase("training", {**parameters, **optimizer}, work, dict(beside)))
     else:
-        phases.append(Phase("validation", {**parameters, **batches, "work": passes.forward}, dict(beside)))
+        phases.append(Phase("validation", parameters, {**batches, "work": passes.forward}, dict(beside)))
     return phases
 
 
@@ -153,17 +171,22 @@ def e2e_qp(s: Setting) -> list[Phase]:
     logits = rows * model.vocabulary * dtype.itemsize
     # The student's logits, those that count, and their gradient; the same two of a teacher; without one, in fp32.
     copies = 5 * logits if teacher else 2 * logits + 3 * rows * model.vocabulary * FP32
-    models = {"student": student, "teacher": teacher}
-    head = {"head": model.vocabulary * model.hidden * dtype.itemsize if dtype != torch.float32 else 0}
-    loading = {"mapped checkpoint": model.total * model.dtype.itemsize if teacher else 0}
-    # Gradients, Adam's moments, the best state.
-    training = {"scales": 4 * FP32 * groups, "activations": kept, "logits": copies, **head}
-    return [Phase("loading", models, loading), Phase("training", {**models, **training})]
+    head = model.vocabulary * model.hidden * dtype.itemsize if dtype != torch.float32 else 0
+    loading = {"mapped checkpoint": model.total * model.dtype.itemsize if teacher else 0, "tokenizer": TOKENIZER}
+    # Of the scales: gradients, Adam's moments, the best state.
+    models = {"student": student, "teacher": teacher, "scales": 4 * FP32 * groups}
+    work = {"activations": kept, "logits": copies, "head": head}
+    return [
+        _text(config.data or s.recipe.calibrate.data),
+        Phase("loading", models, {}, loading),
+        Phase("training", models, work, {"tokenizer": TOKENIZER}),
+    ]
 
 
 def pack(s: Setting) -> list[Phase]:
     """Collect a shard and write it."""
-    return [Phase("writing", {}, {"shard": min(SHARD, pack_bytes(s)), "reading": FP32 * s.model.outside})]
+    host = {"shard": min(SHARD, pack_bytes(s)), "reading": s.model.dtype.itemsize * s.model.outside}
+    return [Phase("writing", {}, {}, host)]
 
 
 def evaluate(s: Setting) -> list[Phase]:
@@ -185,13 +208,14 @@ def evaluate(s: Setting) -> list[Phase]:
         work = max(work, batch * row * dtype.itemsize + max(forward, 2 * FP32 * row))
         if config.kl:  # both log-probabilities, and their divergence
             work = max(work, 5 * FP32 * row)
-    return [Phase("measuring", {**models, **measured, "work": work}, {"reading": s.reading(model.total)})]
+    host = {"reading": s.reading(model.total), "tokenizer": TOKENIZER}
+    return [Phase("measuring", {**models, **measured}, {"work": work}, host)]
 
 
 def export(s: Setting) -> list[Phase]:
     """Write one format; comparing logits builds the dense model in fp32."""
     dense = FP32 * s.model.total if s.recipe.export.verify and s.recipe.export.runtimes else 0
-    return [Phase("comparing", {}, {"shard": min(SHARD, pack_bytes(s)), "dense model": dense})]
+    return [Phase("comparing", {}, {}, {"shard": min(SHARD, pack_bytes(s)), "dense model": dense})]
 
 
 MEMORY: dict[str, Callable[[Setting], list[Phase]]] = {
@@ -242,18 +266,28 @@ def _export_bytes(s: Setting, name: str) -> int:
     return max(pack_bytes(s), rest)
 
 
-def _first_inputs(s: Setting, inside: dict[str, int], beside: dict[str, int]) -> Phase:
+def _text(sources: Sequence[DataSource]) -> Phase:
+    """Reading documents and drawing windows of them."""
+    size = 0
+    for source in sources:
+        files = [Path(name) for name in glob(source.source) if Path(name).is_file()]
+        size += min(BYTE_LIMIT, sum(file.stat().st_size for file in files)) if files else UNSEEN_TEXT
+    return Phase("reading text", {}, {}, {"text": 2 * size + TEXT_LIBRARIES, "tokenizer": TOKENIZER})
+
+
+def _first_inputs(s: Setting, inside: dict[str, int], beside: dict[str, int], *, tokenizer: int = 0) -> Phase:
     embedding = s.model.embedding
-    return Phase("first inputs", {**inside, "embedding": FP32 * embedding}, _read(s, beside, embedding))
+    compute = {**inside, "embedding": FP32 * embedding}
+    return Phase("first inputs", compute, {}, _read(s, beside, embedding, tokenizer=tokenizer))
 
 
 def _finish(s: Setting, inside: dict[str, int], beside: dict[str, int]) -> Phase:
     outside = s.model.outside * s.model.dtype.itemsize
-    return Phase("finishing", dict(inside), {**beside, "embedding and head": outside})
+    return Phase("finishing", dict(inside), {}, {**beside, "embedding and head": outside})
 
 
-def _read(s: Setting, beside: dict[str, int], parameters: int) -> dict[str, int]:
-    return {**beside, "reading": s.reading(parameters)}
+def _read(s: Setting, beside: dict[str, int], parameters: int, *, tokenizer: int = 0) -> dict[str, int]:
+    return {**beside, "reading": s.reading(parameters), "tokenizer": tokenizer}
 
 
 def _largest(model: PlannedModel) -> int:

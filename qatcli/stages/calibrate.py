@@ -23,6 +23,7 @@ from qatcli.blockfiles import block_quants, finish, finished_blocks, save_block
 from qatcli.data import check_source, load_windows, sample_windows, save_windows
 from qatcli.data.store import FILE as WINDOWS
 from qatcli.grid import initial_grid, relative_error
+from qatcli.memory import release_memory
 from qatcli.models.blocks import BlockModel, open_blocks
 from qatcli.packed import ModuleQuant, QuantizedLinear
 from qatcli.recipe import check_group_sizes
@@ -55,6 +56,7 @@ def run(job: Job) -> dict[str, Any]:
             seed=config.seed,
         )
         save_windows(job.out, windows)
+        release_memory()  # the text and its tokens
     train, _ = load_windows(job.out)
 
     kept = {index: event["relative_error"] for index, event in finished_blocks(job.out).items()}

@@ -23,6 +23,7 @@ from qatcli.errors import DivergedError
 from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear
 from qatcli.losses import token_loss
+from qatcli.memory import release_memory
 from qatcli.models.source import load_tokenizer
 from qatcli.packed import SCALE, PackedCheckpoint, write_config
 from qatcli.recipe.schema import E2eQpSection
@@ -246,6 +247,7 @@ def _windows(job: Job) -> tuple[Windows, Windows]:
             padding=True,
         )
         save_windows(job.out, windows)
+        release_memory()  # the text and its tokens
     return load_windows(job.out)
 
 

@@ -188,8 +188,10 @@ def serve() -> None:
 
     from qatcli.stages import STAGES
 
-    for module in ("chain", "formats", "hf", "data", *(f"stages.{stage.module}" for stage in STAGES.values())):
-        importlib.import_module(f"qatcli.{module}")
+    ours = ("chain", "formats", "hf", "data", "plan", *(f"stages.{stage.module}" for stage in STAGES.values()))
+    libraries = ("datasets", "transformers.models.llama.modeling_llama", "transformers.generation")
+    for module in (*(f"qatcli.{name}" for name in ours), *libraries):
+        importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
         started = time.monotonic()

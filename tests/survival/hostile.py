@@ -285,10 +285,10 @@ def raw_config(name: str, said: str, content: bytes) -> None:
 
 config("hidden_size is text", "transformers does not accept", lambda c: c.update(hidden_size="big"))
 config("no attention heads", "", lambda c: c.update(num_attention_heads=0))
-config("a billion layers", "transformers does not accept", lambda c: c.update(num_hidden_layers=10**9))
-config("-1 layers", "transformers does not accept", lambda c: c.update(num_hidden_layers=-1))
+config("a billion layers", "num_hidden_layers is 1000000000", lambda c: c.update(num_hidden_layers=10**9))
+config("-1 layers", "num_hidden_layers is -1", lambda c: c.update(num_hidden_layers=-1))
 config("layers is null", "transformers does not accept", lambda c: c.update(num_hidden_layers=None))
-config("other sizes than the weights", "", lambda c: c.update(hidden_size=128))
+config("other sizes than the weights", "config.json implies", lambda c: c.update(hidden_size=128))
 config("unknown model_type", "transformers does not accept", lambda c: c.update(model_type="never-heard-of"))
 config("model_type is a list", "transformers does not accept", lambda c: c.update(model_type=["llama"]))
 config("attention code of the hub", "asks for code from the hub", lambda c: c.update(attn_implementation="evil/kernel"))
@@ -300,7 +300,7 @@ raw_config("not UTF-8", "malformed", b'{"a": "\xff\xfe"}')
 raw_config("a number of 10,000 digits", "malformed", b'{"hidden_size": ' + b"9" * 10_000 + b"}")
 
 
-@case("config.json: a named pipe", "calibrate", 3, "not a regular file")
+@case("config.json: a named pipe", "calibrate", 3, "config.json is missing")
 def _(p: Place) -> list[str]:
     (p.model / "config.json").unlink()
     os.mkfifo(p.model / "config.json")

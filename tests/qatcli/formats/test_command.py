@@ -76,5 +76,5 @@ def test_an_export_comes_back_and_goes_on(
     results = []
     for place in (original / "pack", run / "import"):
         done = qat("eval", RECIPE, "--run", tmp_path / place.name, "--from", place, "--json", env=environment)
-        results.append(json.loads(done.stdout)["metrics"]["models"]["quantized"]["perplexity"])
-    assert results[0] == results[1]
+        results.append(json.loads(done.stdout)["metrics"]["models"]["quantized"]["perplexity"]["tiny"])
+    assert results[1] == pytest.approx(results[0], rel=1e-3)  # an export says fp16, in which it is then computed

@@ -153,7 +153,8 @@ def test_the_stage_leaves_its_files_and_what_a_resume_needs_until_the_commit(sta
     job = stage(checkpoint_every=1)
     run(job)
     assert {file.name for file in job.out.iterdir()} == {
-        *("config.json", "data.json", "model.safetensors", "windows.safetensors", "resume.safetensors")
+        *("config.json", "data.json", "generation_config.json", "model.safetensors", "windows.safetensors"),
+        "resume.safetensors",
     }
     assert PackedCheckpoint.open(job.out).modules == PackedCheckpoint.open(job.input.path).modules
 
