@@ -3,6 +3,7 @@ an undisturbed chain. Prints a line per disturbance and a table; exits 1 when an
 
     python benchmarks/survival.py                                     a tiny random Llama: about 20 minutes
     python benchmarks/survival.py --model DIR --text FILE --kills 12  a model with a tokenizer, and a text file
+    python benchmarks/survival.py --inputs                            bad inputs instead, with the exit code of each
 
 A third of the kills and of the signals come from outside after a random time, to processes started as a user starts
 them. The others strike at a random operation on a file (tests/survival/faults.py), in forks of one process that has
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +37,7 @@ from harness import (  # noqa: E402
     summary,
     table,
 )
+from hostile import CASES, attempt  # noqa: E402
 
 PARTS = ("the old cat", "a red bird", "my sister", "sees the sea.", "hears a song.", "eats some bread.")
 
@@ -52,26 +55,45 @@ def main() -> None:
         served, spawned = Served(folder, env), Spawned(env)
         chain = Chain(ROOT / "recipes" / "smoke" / "w2g32.yaml", folder, served, options=SMALLEST)
         chain.undisturbed()
-        chain.launch = spawned
-        whole = {stage: spawned(chain.command(stage, folder / "timed")).seconds for stage in STAGES}
-        print(f"{'undisturbed':12}", {stage: round(seconds, 1) for stage, seconds in whole.items()}, flush=True)
-        inside = dict(chain.seconds)
-        rows = []
-        for stage, fault in _plan(chain, arguments, whole, choose):
-            timed = fault.kind == "time"
-            chain.launch, chain.seconds = (spawned, whole) if timed else (served, inside)
-            row = chain.disturb(stage, fault)
-            rows.append(row)
-            print(
-                f"{len(rows):3} {stage:10} {fault!s:32} exit {row.code:4} lost {row.lost:5.1f} s",
-                *row.problems,
-                flush=True,
-            )
+        good = _inputs(chain, model, folder) if arguments.inputs else _disturb(chain, spawned, arguments, choose)
         served.close()
+    sys.exit(not good)
+
+
+def _inputs(chain: Chain, model: Path, folder: Path) -> bool:
+    """Every bad input, and whether all were refused as they should be."""
+    print("| input | command | exit | error |\n|---|---|---|---|")
+    good = True
+    for number, bad in enumerate(CASES):
+        place = folder / f"input-{number}"
+        place.mkdir()
+        done, problems = attempt(chain, bad, place, model)
+        error = done.stderr.partition("error: ")[2].splitlines()[:1]
+        said = "".join(error).replace(f"{place}/", "").replace("|", "")[:120]
+        print(f"| {bad.name} | {bad.stage} | {done.code} | {said} |", *problems, flush=True)
+        good = good and not problems
+        shutil.rmtree(place)
+    print(f"\n{len(CASES)} bad inputs")
+    return good
+
+
+def _disturb(chain: Chain, spawned: Spawned, arguments: argparse.Namespace, choose: random.Random) -> bool:
+    """Every disturbance, and whether all were survived."""
+    served, inside = chain.launch, dict(chain.seconds)
+    whole = {stage: spawned(chain.command(stage, chain.folder / "timed")).seconds for stage in STAGES}
+    print("undisturbed, as processes:", {stage: round(seconds, 1) for stage, seconds in whole.items()}, flush=True)
+    rows = []
+    for stage, fault in _plan(chain, arguments, whole, choose):
+        timed = fault.kind == "time"
+        chain.launch, chain.seconds = (spawned, whole) if timed else (served, inside)
+        row = chain.disturb(stage, fault)
+        rows.append(row)
+        line = f"{len(rows):3} {stage:10} {fault!s:32} exit {row.code:4} lost {row.lost:5.1f} s"
+        print(line, *row.problems, flush=True)
     print(table(rows), summary(rows, inside), sep="\n\n")
     bad = sum(bool(row.problems) or not row.equal or not row.untouched or row.resumed != 0 for row in rows)
     print(f"\n{len(rows)} disturbances, {len(rows) - bad} resumed to equal digests, {bad} went wrong")
-    sys.exit(bad > 0)
+    return bad == 0
 
 
 def _plan(
@@ -98,6 +120,7 @@ def _random_model(path: Path) -> Path:
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet])}
     fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
@@ -125,6 +148,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=48)
     parser.add_argument("--signals", type=int, default=18)
     parser.add_argument("--disk", type=int, default=24, help="full, failing and read-only disks")
+    parser.add_argument("--inputs", action="store_true", help="the bad inputs of tests/survival/hostile.py")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

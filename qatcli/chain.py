@@ -18,6 +18,7 @@ from qatcli.recipe import Recipe, load_recipe, recipe_name
 from qatcli.runlog import RunLog, duration
 from qatcli.stages import choose_device, run_stage
 
+NARROWEST = 140  # columns of a table where there is no terminal to be narrower
 CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")
 
 
@@ -206,8 +207,9 @@ def _print_tables(log: RunLog, metrics: dict[str, Any]) -> None:
     from qatcli.evaluation.tables import tables
 
     if log.verbosity >= 0:
+        width = None if log.console.is_terminal else max(NARROWEST, log.console.width)
         for table in tables(metrics):
-            log.console.print(table)
+            log.console.print(table, width=width)
 
 
 def _begin(

@@ -28,11 +28,11 @@ def cgroup_memory(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int | 
     Page cache counts as free: the kernel takes it back before it kills.
     """
     try:
-        lines = [line.split(":", 2) for line in membership.read_text(encoding="utf-8").splitlines()]
+        lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     left = []
-    for _, controllers, name in lines:
+    for _, controllers, name in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if controllers == "":
             top, limit, usage = root, "memory.max", "memory.current"
         elif "memory" in controllers.split(","):

@@ -89,7 +89,7 @@ def _json_lines(path: Path) -> Iterator[LocatedRow]:
             where = f"{path} line {number}"
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not valid JSON: {error}", hint="every line must be one object") from error
             yield where, _object(where, value)
 
@@ -102,7 +102,7 @@ def _json_file(path: Path) -> Iterator[LocatedRow]:
     content = read_text(path)
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if content.lstrip().startswith("{"):
             yield from _json_lines(path)
             return

@@ -7,6 +7,7 @@ chat    a list of messages, {role, content} or ShareGPT's {from, value}
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from qatcli.errors import InputError, RecipeError
 FORMATS = ("auto", "text", "chat", "alpaca")
 
 _CONVERSATION_FIELDS = ("messages", "conversations")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape half of a pair; no tokenizer takes it
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -58,6 +60,13 @@ def detect_format(format_: str, row: Row, field: str) -> str:
 
 def parse_row(located: LocatedRow, *, format_: str, field: str) -> Record:
     """Check one row against its format. Raises InputError that names the row and the fields it has."""
+    record = _parse(located, format_=format_, field=field)
+    if any(_SURROGATE.search(text) for text in (*record.texts, *record.roles)):
+        raise InputError(f"{record.where}: half of a surrogate pair is not text", hint="remove the row, or repair it")
+    return record
+
+
+def _parse(located: LocatedRow, *, format_: str, field: str) -> Record:
     where, row = located
     if format_ == "text":
         return Record(where, (_string(where, row, field),))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,13 @@ def tables(metrics: dict[str, Any]) -> Iterator[RenderableType]:
 
 
 def _labels(names: list[str]) -> dict[str, str]:
-    """Names of models without the folder that all of them are in."""
-    try:
-        shared = os.path.commonpath([os.path.dirname(name) for name in names])
-    except ValueError:  # absolute and relative ones
-        shared = ""
-    return {name: os.path.relpath(name, shared) if shared else name for name in names}
+    """The shortest ends of the models' paths that tell all of them apart."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    for count in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(each[-count:]) for each in parts]
+        if len(set(labels)) == len(labels):
+            return dict(zip(names, labels, strict=True))
+    return {name: name for name in names}
 
 
 def _texts(metrics: dict[str, Any], labels: dict[str, str]) -> Group:

@@ -57,7 +57,16 @@ class BlockModel:
 
     @torch.no_grad()
     def first_inputs(self, windows: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Hidden states [1, T, H] that the first block receives, window by window. `windows` is int [S, T]."""
+        """Hidden states [1, T, H] that the first block receives, window by window. `windows` is int [S, T].
+
+        InputError when a window holds a token that the model has no embedding for.
+        """
+        tokens = self.skeleton.get_input_embeddings().weight.shape[0]
+        if windows.numel() and int(windows.max()) >= tokens:
+            raise InputError(
+                f"{self.source.path}: the tokenizer makes token {int(windows.max())}, the model has {tokens}",
+                hint="tokenizer and weights are of different models; copy the tokenizer files of this one",
+            )
         with self._prelude(device, dtype) as (base, record):
             for window in windows:
                 base(input_ids=window[None].to(device, torch.long), use_cache=False)

@@ -26,6 +26,7 @@ from qatcli.training import compute_dtype
 FP32 = 4
 SHARD = int(5e9)  # bytes that a ShardWriter collects before it writes
 HEAP = 1.33  # what C's allocator holds over what is in use, where tensors of many sizes come and go (measured)
+WARM = 96 * 2**20  # bytes that libraries take on a CPU once they compute (measured)
 TOKENIZER = 2**26
 TEXT_LIBRARIES = 2**26  # what reads files and hub data sets
 UNSEEN_TEXT = 2**29  # bytes of a data set on the hub; more than twice that is never read
@@ -53,7 +54,8 @@ class Phase:
         """What is on the GPU by name, or in all where there is none."""
         found = Counter(self.compute)
         found.update({name: int(size * HEAP) if on_cpu else size for name, size in self.work.items()})
-        found.update(self.host if on_cpu else {})
+        if on_cpu:
+            found.update({**self.host, "libraries at work": WARM if self.work else 0})
         return {name: size for name, size in found.items() if size}
 
 

@@ -29,6 +29,8 @@ FROZEN = {
     | {"--text", "--seq-len", "--windows", "--zero-shot", "--data", "--limit", "--against", "--no-speed"},
     "export": STAGE_OPTIONS | {"--format", "--verify", "--no-verify"},
     "run": STAGE_OPTIONS - {"--from"},
+    "plan": {"--run", "--set", "--device", "--json"},
+    "doctor": {"--json"},
     "inspect": {"--json"},
     "report": {"--watch", "--json"},
 }

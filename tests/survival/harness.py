@@ -293,7 +293,8 @@ def summary(rows: Sequence[Row], seconds: dict[str, float]) -> str:
         mine = [row for row in rows if row.stage == stage]
         if not mine:
             continue
-        kinds = [sum(row.fault.fault in group for row in mine) for group in (KILLED, SIGNALLED, DISK)]
+        struck = [row for row in mine if row.code != 0]  # the others were over before the signal came
+        kinds = [sum(row.fault.fault in group for row in struck) for group in (KILLED, SIGNALLED, DISK)]
         lost = [max(0.0, row.lost) for row in mine]
         good = sum(row.equal and not row.problems for row in mine)
         lines.append(

@@ -455,7 +455,6 @@ def foreign(name: str, said: str, how: Callable[[Path], Any]) -> None:
 
 foreign("bits are text", "", quantization(lambda q: q.update(bits="many")))
 foreign("settings are a list", "", lambda path: edit(path / "config.json", lambda c: c.update(quantization_config=[1])))
-foreign("other group size", "", quantization(lambda q: q.update(group_size=48)))
 foreign("no layers", "", lambda path: edit(path / "config.json", lambda c: c.update(num_hidden_layers=0)))
 foreign("a missing shard", "is missing", lambda path: sorted(path.glob("*.safetensors"))[0].unlink())
 foreign("not a checkpoint", "config.json", lambda path: (path / "config.json").unlink())
@@ -531,9 +530,9 @@ rows("rows are lists", "must be an object", b"[1, 2]\n" * 50)
 rows("no such field", "no field", b'{"body": "x"}\n' * 50)
 rows("not UTF-8", "not valid UTF-8", b'{"text": "\xff\xfe"}\n' * 50)
 rows("not JSON", "not valid JSON", b"{text\n" * 50)
-rows("nested 100,000 deep", "nested too deeply", b'{"text": ' + DEEP.encode() + b"\n")
-rows("a JSON file nested 100,000 deep", "nested too deeply", DEEP.encode(), ".json")
-rows("half a surrogate pair", "", b'{"text": "\\ud800 the cat"}\n' * 3)
+rows("nested 100,000 deep", "not valid JSON", b'{"text": ' + DEEP.encode() + b"\n")
+rows("a JSON file nested 100,000 deep", "not valid JSON", DEEP.encode(), ".json")
+rows("half a surrogate pair", "surrogate", b'{"text": "\\ud800 the cat"}\n' * 3)
 rows("too few tokens", "", b'{"text": "x"}\n' * 3)
 rows("a truncated gzip file", "cannot be read", gzip.compress(b'{"text": "x"}\n' * 9999)[:-20], ".jsonl.gz")
 rows("text under the name of a parquet file", "not a readable parquet file", b"PAR1 no", ".parquet")
@@ -541,7 +540,7 @@ rows("text under the name of an arrow file", "not a readable arrow file", b"ARRO
 rows("a message without a role", "a message needs", b'{"messages": [{"content": 3}]}\n' * 20)
 
 
-@case("data: a named pipe", "calibrate", 2, "")
+@case("data: a named pipe", "calibrate", 3, "no such file")
 def _(p: Place) -> list[str]:
     p.text.unlink()
     os.mkfifo(p.text)

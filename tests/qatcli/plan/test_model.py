@@ -1,0 +1,73 @@
+"""Sizes of a model from its configuration: those of the checkpoint, which is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qatcli.errors import InputError
+from qatcli.packed import ModuleQuant, QuantizedLinear, pack_linear
+from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
+from qatcli.recipe import ModelSection, QuantSection
+
+QUANT = QuantSection(bits=2, group_size=16)
+
+
+def planned(folder: Path, quant: QuantSection = QUANT) -> PlannedModel:
+    return PlannedModel(ModelSection(source=str(folder)), quant)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sizes_are_those_of_the_checkpoint(save_random_model: Callable[..., Path], tied: bool) -> None:
+    folder = save_random_model("LlamaConfig", tie_word_embeddings=tied)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()  # the configuration is enough
+    model = planned(folder)
+    sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+    blocks = [sum(n for name, n in sizes.items() if name.startswith(f"model.layers.{i}.")) for i in range(3)]
+    assert model.block_sizes == blocks
+    assert model.total == sum(sizes.values())
+    assert model.outside == model.total - sum(blocks)
+    assert model.embedding == model.outside - (0 if tied else sizes["lm_head.weight"])
+    assert model.dtype == torch.float32
+    linears = {name.removesuffix(".weight"): t.shape for name, t in tensors.items() if name.endswith("_proj.weight")}
+    assert {name: (q.out_features, q.in_features) for name, q in model.linears.items()} == linears
+
+
+@pytest.mark.parametrize("family", ["Qwen2Config", "Qwen3Config", "Gemma3TextConfig", "MistralConfig"])
+def test_any_family_is_traced(save_random_model: Callable[..., Path], family: str) -> None:
+    model = planned(save_random_model(family))
+    for kind in ("dense", "fake_quant", "packed"):
+        found = model.passes(kind, 2, 16, torch.float32, torch.float32)
+        assert 0 < found.kept < found.training
+        assert 0 < found.forward < found.training
+    weights = sum(q.in_features * q.out_features for q in model.quants[0].values())
+    assert model.passes("fake_quant", 2, 16, torch.float32, torch.float32).training >= 2 * 4 * weights
+
+
+def test_kept_activations_grow_with_the_batch(random_llama: Path) -> None:
+    model = planned(random_llama)
+    one, two, four = (model.passes("packed", b, 16, torch.float32, torch.float32).kept for b in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_packed_bytes_are_those_of_the_tensors(bits: int, group_size: int) -> None:
+    groups = 1 if group_size < 0 else 3
+    quant = ModuleQuant(bits, group_size, 96, 40)
+    codes, grid = torch.zeros(40, 96, dtype=torch.uint8), torch.zeros(40, groups)
+    linear = QuantizedLinear(codes, grid, grid.to(torch.uint8), bits, group_size)
+    tensors: dict[str, Any] = pack_linear("x", linear)
+    assert packed_bytes(quant, scale=4) == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert groups_of([quant, quant]) == 2 * grid.numel()
+
+
+def test_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="configuration"):
+        planned(tmp_path)

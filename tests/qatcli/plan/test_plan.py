@@ -1,0 +1,200 @@
+"""What a stage needs against what there is: predictions that move with their keys, and refusals that say what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qatcli.plan
+from qatcli import machine
+from qatcli.errors import ResourceError
+from qatcli.plan import GIB, Need, need, require, setting
+from qatcli.plan.needs import MEMORY
+from qatcli.plan.report import CHAIN, make_plan, render
+from qatcli.plan.timing import Rates, Work
+from qatcli.recipe import Recipe
+from qatcli.stages import STAGES
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def recipe(random_llama: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """A function that makes a recipe for a random model: sections may be extended."""
+
+    def make(**sections: dict[str, Any]) -> Recipe:
+        content: dict[str, Any] = {
+            "model": {"source": str(random_llama)},
+            "quant": {"bits": 2, "group_size": 16},
+            "calibrate": {"data": [{"source": str(tmp_path / "text.txt")}], "samples": 64, "seq_len": 64},
+            "block_ap": {"amp": "float32"},
+            "e2e_qp": {"amp": "float32", "seq_len": 64},
+            "eval": {"perplexity": [{"name": "text", "source": str(tmp_path / "text.txt"), "seq_len": 64}]},
+        }
+        for name, section in sections.items():
+            content[name] = {**content.get(name, {}), **section}
+        return Recipe.model_validate(content)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "host_memory", lambda: 100 * GIB)
+    monkeypatch.setattr(machine, "device_memory", lambda _: 80 * GIB)
+    monkeypatch.setattr(machine, "disk_space", lambda _: 100 * GIB)
+
+
+def planned(recipe: Recipe, stage: str, device: torch.device = CPU) -> Need:
+    return need(setting(recipe, device, Path("runs")), stage)
+
+
+def test_every_stage_of_the_chain_is_planned() -> None:
+    assert set(CHAIN) < set(MEMORY)
+    assert set(MEMORY) == set(STAGES) - {"import"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "key", "less", "more"),
+    [
+        ("block-ap", "block_ap", "batch_size", 1, 64),
+        ("block-ap", "calibrate", "samples", 64, 4096),
+        ("calibrate", "calibrate", "moment_samples", 0, 64),
+        ("e2e-qp", "e2e_qp", "micro_batch_size", 1, 32),
+        ("e2e-qp", "e2e_qp", "seq_len", 64, 512),
+        ("e2e-qp", "e2e_qp", "gradient_checkpointing", True, False),
+        ("e2e-qp", "e2e_qp", "loss", "next-token", "kl"),
+    ],
+)
+def test_memory_moves_with_its_keys(
+    recipe: Callable[..., Recipe], stage: str, section: str, key: str, less: Any, more: Any
+) -> None:
+    sizes = [sum(phase_bytes(recipe(**{section: {key: value}}), stage)) for value in (less, more)]
+    assert sizes[0] < sizes[1]
+
+
+def phase_bytes(recipe: Recipe, stage: str) -> list[int]:
+    s = setting(recipe, GPU, Path("runs"))
+    return [sum(phase.parts(on_cpu=True).values()) for phase in MEMORY[stage](s)]
+
+
+def test_a_gpu_takes_what_a_cpu_has_in_its_own_memory(recipe: Callable[..., Recipe]) -> None:
+    on_cpu, on_gpu = (planned(recipe(), "block-ap", device) for device in (CPU, GPU))
+    assert on_cpu.device is None
+    assert on_gpu.device is not None
+    assert on_gpu.device > 4 * 2 * 64 * 64 * 32, "streams and all"
+    assert {stream.place for stream in on_cpu.streams} == {"host"}
+
+
+@pytest.mark.parametrize(
+    ("cache", "places"),
+    [
+        ({"device_gb": 1, "host_gb": 1}, {"device"}),
+        ({"device_gb": 0, "host_gb": 1}, {"host"}),
+        ({"device_gb": 0, "host_gb": 0}, {"file"}),
+        ({"device_gb": 0.0007, "host_gb": 0}, {"device", "file"}),
+    ],
+)
+def test_streams_go_where_the_budget_lets_them(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, cache: dict[str, float], places: set[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = planned(recipe(block_ap={"cache": cache}), "block-ap", GPU)
+    assert {stream.place for stream in found.streams} == places
+    assert found.cache == sum(stream.bytes for stream in found.streams if stream.place == "file")
+
+
+def check(recipe: Recipe, stage: str, tmp_path: Path) -> str | None:
+    return require(recipe, stage, "", device=CPU, out=tmp_path / "run" / "stage.partial")
+
+
+@pytest.mark.parametrize("stage", [*CHAIN, "export", "import"])
+def test_a_large_machine_refuses_nothing(recipe: Callable[..., Recipe], tmp_path: Path, stage: str) -> None:
+    assert check(recipe(), stage, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "knob"),
+    [("block-ap", "block_ap.batch_size"), ("e2e-qp", "e2e_qp.micro_batch_size"), ("eval", "eval.kl")],
+)
+def test_too_little_memory_names_the_figures_and_the_knob(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, knob: str
+) -> None:
+    monkeypatch.setattr(machine, "host_memory", lambda: 2**20)
+    with pytest.raises(
+        ResourceError, match=rf"{stage} needs about 0\.\d GiB of host memory, and 0\.0 GiB are free"
+    ) as e:
+        check(recipe(), stage, tmp_path)
+    assert e.value.exit_code == 6
+    assert e.value.hint is not None
+    assert knob in e.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_within_the_margin_it_warns(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beyond = planned(recipe(), "block-ap")
+    size = sum(beyond.parts.values())
+    monkeypatch.setattr(machine, "host_memory", lambda: int(size * 0.9))
+    found = check(recipe(block_ap={"cache": {"host_gb": 1}}), "block-ap", tmp_path)
+    assert found is not None
+    assert "if it fails" in found
+
+
+def test_too_little_disk_counts_what_is_there_already(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = planned(recipe(), "block-ap").disk
+    monkeypatch.setattr(machine, "disk_space", lambda _: size // 2)
+    with pytest.raises(ResourceError, match="GiB of disk at") as caught:
+        check(recipe(), "block-ap", tmp_path)
+    assert "--run" in (caught.value.hint or "")
+    out = tmp_path / "run" / "stage.partial"
+    out.mkdir(parents=True)
+    (out / "model-block-0000.safetensors").write_bytes(bytes(size - size // 2))
+    assert check(recipe(), "block-ap", tmp_path) is None
+
+
+def test_files_of_streams_need_disk(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = recipe(block_ap={"cache": {"host_gb": 0, "dir": str(tmp_path / "cache")}})
+    found = planned(chosen, "block-ap")
+    assert found.cache > 0
+    monkeypatch.setattr(machine, "disk_space", lambda _: found.disk + found.cache // 2)
+    with pytest.raises(ResourceError, match="disk"):
+        check(chosen, "block-ap", tmp_path)
+
+
+def test_the_plan_as_json_and_as_a_table(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qatcli.plan.report, "measure_rates", lambda *_: Rates(1e9, 1e9))
+    found = make_plan(recipe(export={"formats": ["native", "gptq"]}), CPU, Path("runs"))
+    assert [row["stage"] for row in found["stages"]] == [*CHAIN, "export native", "export gptq"]
+    assert json.loads(json.dumps(found)) == found
+    assert found["short_of"] == []
+    for row in found["stages"]:
+        assert row["host"] > sum(row["parts"].values()) > 0
+        assert row["device"] is None
+    assert found["seconds"] == pytest.approx(sum(row["seconds"] or 0 for row in found["stages"]))
+    assert {"gptq", "native", "gguf", "dense", "compressed-tensors", "bitblas"} == set(found["runtimes"])
+    text = "".join(str(cell) for table in render(found).renderables for c in table.columns for cell in c.cells)  # type: ignore[union-attr]
+    assert "block-ap" in text
+    assert "vLLM" in text
+
+
+def test_a_plan_for_a_gpu_that_is_elsewhere(recipe: Callable[..., Recipe]) -> None:
+    found = make_plan(recipe(), GPU, Path("runs"))
+    if not torch.cuda.is_available():
+        assert found["seconds"] is None
+        assert found["free"]["device"] is None
+    assert all(row["device"] is not None for row in found["stages"])
+
+
+def test_seconds_add_up() -> None:
+    assert Work(10, 6).seconds(Rates(5, 2)) == 5

@@ -1,0 +1,100 @@
+"""The examination of an environment: every finding has its fix, and only what prevents running is broken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from qatcli import doctor
+from qatcli.cli import app
+from qatcli.doctor import Finding
+
+GIB = 2**30
+
+
+def states(findings: Iterator[Finding]) -> dict[str, str]:
+    return {finding.name: finding.state for finding in findings}
+
+
+def test_this_environment_runs() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["broken"] == []
+    areas = {finding["area"] for finding in found["findings"]}
+    assert areas == {"python", "packages", "extras", "devices", "kernels", "memory", "caches", "disk"}
+    assert all(finding["text"] for finding in found["findings"])
+    assert "reference" in result.stderr
+
+
+def test_what_prevents_running_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_wrong", lambda device: "quantize gives other codes at 2 bits")
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    assert "kernels: reference" in json.loads(result.stdout)["broken"]
+
+
+def test_an_examination_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(_: Path) -> int:
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(doctor.machine, "disk_space", torn)
+    found = doctor.examine()
+    assert {"caches: examination", "disk: examination"} <= set(found["broken"])
+    assert any(finding["area"] == "kernels" for finding in found["findings"]), "the others are looked at all the same"
+
+
+def test_a_package_that_is_absent_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = ["psutil>=5.9", "absent>=1", "rich>=999", "gone>=2; extra == 'gguf'", "skipped>=1; sys_platform == 'x'"]
+    monkeypatch.setattr(doctor, "requires", lambda _: declared)
+    found = list(doctor._packages())
+    broken = {finding.name: finding for finding in found if finding.state == "broken"}
+    assert set(broken) == {"absent", "rich"}
+    assert broken["absent"].text == "absent is not installed"
+    assert broken["absent"].fix == "pip install 'absent>=1'"
+    assert "is not >=999" in broken["rich"].text
+    extra = next(finding for finding in found if finding.name == "gguf")
+    assert (extra.state, extra.fix) == ("note", "pip install 'qatcli[gguf]'")
+    assert "gone is not installed" in extra.text
+
+
+def test_every_extra_has_its_description() -> None:
+    extras = {finding.name for finding in doctor._packages() if finding.area == "extras"}
+    assert extras <= doctor.BRINGS.keys()
+    assert {"eval", "gguf", "gptq"} <= extras
+
+
+def test_little_memory_and_disk_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.machine, "host_memory", lambda: 2 * GIB)
+    monkeypatch.setattr(doctor.machine, "cgroup_memory", lambda: 2 * GIB)
+    monkeypatch.setattr(doctor.machine, "disk_space", lambda _: GIB)
+    assert states(doctor._memory())["host"] == "note"
+    assert "control group" in next(doctor._memory()).text
+    assert states(doctor._disks()) == {"run directories": "note"}
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    assert states(doctor._disks()) == {"run directories": "broken"}
+    found = list(doctor._caches())
+    assert {finding.state for finding in found} == {"note"}
+    assert all("set " in finding.fix for finding in found)
+
+
+def test_kernels_that_compute_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import qat_kernels
+
+    assert doctor._wrong(torch.device("cpu")) == ""
+    true_unpack = qat_kernels.unpack
+
+    def unpack(packed: torch.Tensor, *, bits: int, length: int) -> torch.Tensor:
+        return true_unpack(packed, bits=bits, length=length) ^ (bits == 3)
+
+    monkeypatch.setattr(qat_kernels, "unpack", unpack)
+    assert doctor._wrong(torch.device("cpu")) == "pack and unpack lose codes at 3 bits"
