@@ -31,7 +31,7 @@ def tables(metrics: dict[str, Any]) -> Iterator[RenderableType]:
 def _labels(names: list[str]) -> dict[str, str]:
     """The shortest ends of the models' paths that tell all of them apart."""
     parts = [name.rstrip("/").split("/") for name in names]
-    for count in range(1, max(map(len, parts)) + 1):
+    for count in range(1, max(map(len, parts), default=0) + 1):
         labels = ["/".join(each[-count:]) for each in parts]
         if len(set(labels)) == len(labels):
             return dict(zip(names, labels, strict=True))
