@@ -37,7 +37,7 @@ def make_plan(recipe: Recipe, device: torch.device, run_dir: Path) -> dict[str, 
     needs += [need(s, "export", name) for name in recipe.export.formats]
     stages = []
     for found in needs:
-        row = asdict(found)
+        row = {**asdict(found), "streams": [asdict(stream) for stream in found.streams]}
         todo = works.get(found.stage)
         row["seconds"] = round(todo.seconds(rates), 1) if rates and todo else None
         row["operations"] = todo.operations if todo else None
