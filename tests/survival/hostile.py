@@ -423,7 +423,11 @@ packed(
 )
 packed("another method", "not a packed qat checkpoint", quantization(lambda q: q.update(quant_method="gptq")))
 packed("a later format", "packed format 99", quantization(lambda q: q.update(format_version=99)))
-packed("scales are integers", "config.json implies F16 or BF16 or F32", lambda path: header(path / "model.safetensors", _integer_scales))
+packed(
+    "scales are integers",
+    "config.json implies F16 or BF16 or F32",
+    lambda path: header(path / "model.safetensors", _integer_scales),
+)
 
 
 def _integer_scales(entries: dict[str, Any]) -> None:
