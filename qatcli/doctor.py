@@ -51,9 +51,7 @@ class Finding:
 def examine() -> dict[str, Any]:
     """Look at everything and print a table on stderr: {findings, broken}, the latter the names that prevent running."""
     findings = [
-        finding
-        for look in (_python, _packages, _devices, _kernels, _memory, _caches, _disks)
-        for finding in _safe(look)
+        finding for look in (_python, _packages, _devices, _kernels, _memory, _caches, _disk) for finding in _safe(look)
     ]
     table = Table(title="qat doctor", title_justify="left")
     for name in ("", "what", "found"):
@@ -236,10 +234,10 @@ def _caches() -> Iterator[Finding]:
         variable = {"hub": "HF_HOME", "triton": "TRITON_CACHE_DIR"}.get(name, "XDG_CACHE_HOME")
         yield _writable("caches", name, path, "note", f"set {variable} to a folder that can be written")
     if constants.HF_HUB_OFFLINE:
-        yield Finding("caches", "hub", "note", "HF_HUB_OFFLINE is set: only what is in the cache is found")
+        yield Finding("caches", "HF_HUB_OFFLINE", "note", "is set: only what is in the cache is found", "unset it")
 
 
-def _disks() -> Iterator[Finding]:
+def _disk() -> Iterator[Finding]:
     found = _writable("disk", "run directories", Path("runs"), "broken", "work in another folder, or give --run")
     if found.state == "ok" and machine.disk_space(Path("runs")) < LITTLE_DISK:
         found = Finding(found.area, found.name, "note", found.text, "free space, or give --run on another disk")
