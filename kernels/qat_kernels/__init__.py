@@ -160,7 +160,9 @@ def quantized_matmul(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     backend = backend_for(x)
-    y: Tensor = QuantizedMatmul.apply(x, packed, scale, zero_point, bits, group_size, backend)
+    x_MK = x.reshape(-1, x.shape[-1])
+    y: Tensor = QuantizedMatmul.apply(x_MK, packed, scale, zero_point, bits, group_size, backend)
+    y = y.view(*x.shape[:-1], y.shape[1])
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from qat_kernels.dispatch import Backend
 
@@ -40,7 +39,7 @@ class FakeQuant(torch.autograd.Function):
 
 
 class QuantizedMatmul(torch.autograd.Function):
-    """y = x W^T with W [N, K] kept packed: W exists only while a pass needs it, never between the two passes."""
+    """y = x W^T with x [M, K] and W [N, K] kept packed: no dense W lives between the two passes."""
 
     @staticmethod
     def forward(
@@ -55,38 +54,18 @@ class QuantizedMatmul(torch.autograd.Function):
     ) -> Tensor:
         x_for_scale = x if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(x_for_scale, packed, scale, zero_point)
-        ctx.bits, ctx.group_size, ctx.backend = bits, group_size, backend
-        ctx.in_features, ctx.dtype = x.shape[-1], x.dtype
-        return linear(x, _weight(ctx, packed, scale, zero_point))
+        ctx.bits, ctx.group_size, ctx.backend, ctx.in_features = bits, group_size, backend, x.shape[1]
+        return backend.quantized_matmul(x, packed, scale, zero_point, bits=bits, group_size=group_size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, packed, scale, zero_point = ctx.saved_tensors
+        grid = {"bits": ctx.bits, "group_size": ctx.group_size}
         d_x = d_scale = None
         with torch.autocast(grad_out.device.type, enabled=False):  # the dtype was settled in the forward pass
             if ctx.needs_input_grad[0]:
-                d_x = grad_out @ _weight(ctx, packed, scale, zero_point)
+                d_x = ctx.backend.input_grad(grad_out, packed, scale, zero_point, **grid, in_features=ctx.in_features)
             if ctx.needs_input_grad[2]:
-                d_scale = ctx.backend.scale_grad(
-                    grad_out.reshape(-1, grad_out.shape[-1]),
-                    x.reshape(-1, ctx.in_features),
-                    packed,
-                    zero_point,
-                    bits=ctx.bits,
-                    group_size=ctx.group_size,
-                ).to(scale.dtype)
+                d_scale = ctx.backend.scale_grad(grad_out, x, packed, zero_point, **grid).to(scale.dtype)
         return d_x, None, d_scale, None, None, None, None
-
-
-def _weight(ctx: Any, packed: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    weight: Tensor = ctx.backend.dequantize(
-        packed,
-        scale,
-        zero_point,
-        bits=ctx.bits,
-        group_size=ctx.group_size,
-        in_features=ctx.in_features,
-        dtype=ctx.dtype,
-    )
-    return weight

@@ -25,6 +25,8 @@ class Backend:
     pack: Callable[..., Tensor]
     unpack: Callable[..., Tensor]
     dequantize: Callable[..., Tensor]
+    quantized_matmul: Callable[..., Tensor]
+    input_grad: Callable[..., Tensor]
     scale_grad: Callable[..., Tensor]
 
 
@@ -35,6 +37,8 @@ REFERENCE = Backend(
     pack=bitstream.pack,
     unpack=bitstream.unpack,
     dequantize=reference.dequantize,
+    quantized_matmul=reference.quantized_matmul,
+    input_grad=reference.input_grad,
     scale_grad=reference.scale_grad,
 )
 
@@ -70,5 +74,7 @@ def _triton_backend() -> Backend:
         pack=triton_packing.pack,
         unpack=triton_packing.unpack,
         dequantize=triton_dequantize.dequantize,
+        quantized_matmul=reference.quantized_matmul,
+        input_grad=reference.input_grad,
         scale_grad=partial(reference.scale_grad, dequantize=triton_dequantize.dequantize),
     )

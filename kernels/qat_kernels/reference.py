@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from qat_kernels.bitstream import unpack
 
@@ -118,6 +119,33 @@ def dequantize(
         steps.copy_(_grouped(unpack(packed[rows], bits=bits, length=in_features), group_size))
         _multiply(steps.sub_(zero_point_NG1[rows]), scale_NG1[rows], out=out_NGg[rows])
     return out
+
+
+def quantized_matmul(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, group_size: int
+) -> Tensor:
+    """y = x W^T [M, N] in the dtype of x [M, K], over W in that dtype."""
+    weight = dequantize(
+        packed, scale, zero_point, bits=bits, group_size=group_size, in_features=x.shape[1], dtype=x.dtype
+    )
+    return linear(x, weight)
+
+
+def input_grad(
+    grad_out: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """Gradient grad_out W [M, K] of the input of `quantized_matmul`, in the dtype of grad_out [M, N]."""
+    weight = dequantize(
+        packed, scale, zero_point, bits=bits, group_size=group_size, in_features=in_features, dtype=grad_out.dtype
+    )
+    return grad_out @ weight
 
 
 def scale_grad(
