@@ -119,14 +119,14 @@ def _quantize(recipe: Recipe, setting: Setting) -> tuple[float, list[BlockResult
                 block.get_submodule(name.removeprefix(prefix + ".")).weight.detach(),
                 bits=quant.bits,
                 group_size=quant.group_size,
-                symmetric=recipe.quant.symmetric,
+                zero_points=recipe.quant.zero_points,
                 method=recipe.quant.init,
             )
         hessians = None
         if recipe.block_ap.rounding == "gptq":
             sample = train[: recipe.calibrate.moment_samples]
             hessians = input_hessians(block, prefix, list(quants), sample, arguments, device)
-        students = build_student(block, prefix, quants, grids, symmetric=recipe.quant.symmetric, hessians=hessians)
+        students = build_student(block, prefix, quants, grids, zero_points=recipe.quant.zero_points, hessians=hessians)
         results.append(
             train_block(
                 block,
@@ -135,7 +135,7 @@ def _quantize(recipe: Recipe, setting: Setting) -> tuple[float, list[BlockResult
                 Windows(held_out, held_out_target),
                 arguments,
                 recipe.block_ap,
-                symmetric=recipe.quant.symmetric,
+                zero_points=recipe.quant.zero_points,
                 generator=torch.Generator().manual_seed(recipe.calibrate.seed + index),
                 device=device,
             )

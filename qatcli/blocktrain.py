@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qatcli.activations import in_order, read_batches
 from qatcli.gptq import error_feedback
+from qatcli.grid import ZeroPoints
 from qatcli.linear import FakeQuantLinear, replace_modules
 from qatcli.models.blocks import run_block
 from qatcli.packed import ModuleQuant, QuantizedLinear
@@ -47,7 +48,7 @@ def build_student(
     quants: dict[str, ModuleQuant],
     grids: dict[str, Grid],
     *,
-    symmetric: bool,
+    zero_points: ZeroPoints,
     hessians: dict[str, Tensor] | None,
 ) -> dict[str, FakeQuantLinear]:
     """Replace the block's linears by fake-quantized ones; returns them by full name.
@@ -63,7 +64,7 @@ def build_student(
         scale, zero_point = grids[full]
         if hessians is not None:
             weight, scale, zero_point = error_feedback(
-                weight, hessians[full], bits=quant.bits, group_size=quant.group_size, symmetric=symmetric
+                weight, hessians[full], bits=quant.bits, group_size=quant.group_size, zero_points=zero_points
             )
         students[full] = FakeQuantLinear(
             weight.clone(), bias, scale.float(), zero_point.float(), bits=quant.bits, group_size=quant.group_size
@@ -144,7 +145,7 @@ def train_block(
     arguments: dict[str, Any],
     config: BlockApSection,
     *,
-    symmetric: bool,
+    zero_points: ZeroPoints,
     generator: torch.Generator,
     device: torch.device,
     progress: Callable[..., None] = lambda *_, **__: None,
@@ -158,7 +159,7 @@ def train_block(
         return BlockResult(before=measured, after=measured)
     steps_per_epoch = -(-len(train.inputs) // config.batch_size)
     schedule = Schedule.of(config.epochs * steps_per_epoch, min_lr_factor=config.min_lr_factor)
-    groups = _parameter_groups(block, students, config, schedule, symmetric=symmetric)
+    groups = _parameter_groups(block, students, config, schedule, zero_points=zero_points)
     stepper = Stepper(groups, schedule, dtype=train.inputs.dtype, device=device, grad_clip=config.grad_clip)
 
     def validate() -> float:
@@ -211,7 +212,7 @@ def _parameter_groups(
     config: BlockApSection,
     schedule: Schedule,
     *,
-    symmetric: bool,
+    zero_points: ZeroPoints,
 ) -> list[dict[str, object]]:
     def group(parameter: nn.Parameter, rate: float, unit_size: float) -> dict[str, object]:
         peak = peak_rate(rate, units=config.lr_units, unit_size=unit_size, schedule=schedule)
@@ -221,7 +222,7 @@ def _parameter_groups(
     for student in students.values():
         groups.append(group(student.weight, config.lr_weights, float(student.scale.detach().mean())))
         groups.append(group(student.scale, config.lr_scales, scale_unit(student.scale, student.bits)))
-        groups.append(group(student.zero_point, 0.0 if symmetric else config.lr_zero_points, 1.0))
+        groups.append(group(student.zero_point, config.lr_zero_points if zero_points == "any" else 0.0, 1.0))
     inside = {id(p) for student in students.values() for p in student.parameters()}
     for name, parameter in block.named_parameters():
         if id(parameter) not in inside:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qatcli.grid import grouped, search_grid
+from qatcli.grid import ZeroPoints, grouped, search_grid
 
 DAMPING = 0.01  # of the mean diagonal, as in the paper
 BLOCK = 128  # columns whose updates are applied to the rest at once
@@ -18,7 +18,7 @@ BLOCK = 128  # columns whose updates are applied to the rest at once
 
 @torch.no_grad()
 def error_feedback(
-    weight: Tensor, hessian: Tensor, *, bits: int, group_size: int, symmetric: bool
+    weight: Tensor, hessian: Tensor, *, bits: int, group_size: int, zero_points: ZeroPoints
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compensated weight [N, K], scale [N, G] and zero point [N, G], all fp32.
 
@@ -38,7 +38,7 @@ def error_feedback(
     for group in range(columns // size):
         first, last = group * size, (group + 1) * size
         # All updates from earlier groups have reached this one, so its grid is searched on the weights as they are.
-        s, z = search_grid(w[:, None, first:last], importance[:, group : group + 1], bits=bits, symmetric=symmetric)
+        s, z = search_grid(w[:, None, first:last], importance[:, group : group + 1], bits=bits, zero_points=zero_points)
         s, z = s[:, 0], z[:, 0]
         scale[:, group], zero[:, group] = s, z
         for start in range(first, last, BLOCK):

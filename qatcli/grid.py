@@ -7,11 +7,14 @@ step size that loses least, and inputs of unequal power make some columns matter
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from qat_kernels import quantize
 
+ZeroPoints = Literal["any", "central", "middle"]
 METHODS = ("minmax", "absmax", "percentile", "mse", "weighted")
 SCALE_MIN, SCALE_MAX = 1e-4, 1e4
 SHRINK = tuple(1.0 - 0.02 * i for i in range(35))  # fractions of the min-max range that the searches try
@@ -20,41 +23,52 @@ REFINEMENTS = 3  # alternations of least-squares scale and nearest codes after t
 
 @torch.no_grad()
 def initial_grid(
-    weight: Tensor, *, bits: int, group_size: int, symmetric: bool, method: str, moment: Tensor | None = None
+    weight: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    zero_points: ZeroPoints,
+    method: str,
+    moment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point for `weight` [N, K].
 
     `moment` [K] is the mean square of each input; only `weighted` uses it (ones when None).
-    `symmetric` fixes every zero point at 2^(bits-1).
+    `zero_points` are any of the grid's, the central two 2^(bits-1) - 1 and 2^(bits-1), or only the latter, its middle.
     """
     groups = grouped(weight.float(), group_size)
     if method in ("mse", "weighted"):
         importance = torch.ones(weight.shape[1]) if moment is None or method == "mse" else moment.float()
         importance = grouped(importance.to(weight.device).clamp_min(1e-12)[None], group_size)
-        return search_grid(groups, importance, bits=bits, symmetric=symmetric)
+        return search_grid(groups, importance, bits=bits, zero_points=zero_points)
     low, high = _range(groups, method)
-    if symmetric or method == "absmax":
-        return _symmetric(torch.maximum(-low, high), bits)
-    return _asymmetric(low, high, bits)
+    if zero_points == "any" and method != "absmax":
+        return _asymmetric(low, high, bits)
+    scale = _balanced_scale(low, high, bits)
+    middle = torch.full_like(scale, 2 ** (bits - 1))
+    # The grid reaches one level further down than up, or with the lower of the central zero points the reverse.
+    return scale, middle - (high > -low).float() if zero_points == "central" else middle
 
 
-def search_grid(groups: Tensor, importance: Tensor, *, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def search_grid(groups: Tensor, importance: Tensor, *, bits: int, zero_points: ZeroPoints) -> tuple[Tensor, Tensor]:
     """The grid that minimizes sum(importance * (w - w_hat)^2) per group, by search and least squares.
 
     groups [N, G, g]; importance [1 or N, G, g], positive. Candidates are shrunken min-max ranges with the zero point
-    moved by one either way; the best then alternates between least-squares scale and nearest codes.
+    moved by one either way, or with each of the zero points allowed; the best then alternates between least-squares
+    scale and nearest codes.
     """
-    qmax = 2**bits - 1
+    qmax, middle = 2**bits - 1, 2 ** (bits - 1)
     low, high = _range(groups, "minmax")
-    offsets = (0,) if symmetric else (-1, 0, 1)
+    offsets = {"any": (-1, 0, 1), "central": (-1, 0), "middle": (0,)}[zero_points]
     best = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
     for shrink in SHRINK:
-        if symmetric:
-            scale, zero = _symmetric(torch.maximum(-low, high) * shrink, bits)
-        else:
+        if zero_points == "any":
             scale = ((high - low) * shrink / qmax).clamp(SCALE_MIN, SCALE_MAX)
             zero = (qmax / 2 - (high + low) / 2 / scale).round()
+        else:
+            scale = _balanced_scale(low * shrink, high * shrink, bits)
+            zero = torch.full_like(scale, middle)
         for offset in offsets:
             candidate = (zero + offset).clamp(0, qmax)
             error = _error(groups, scale, candidate, importance, qmax)
@@ -75,12 +89,18 @@ def search_grid(groups: Tensor, importance: Tensor, *, bits: int, symmetric: boo
 def relative_error(
     weight: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, group_size: int, moment: Tensor | None = None
 ) -> float:
-    """Energy of the quantization error over energy of the weight, columns weighted by `moment` [K] when given."""
+    """`approximation_error` of `weight` [N, K] rounded to the nearest level of a grid."""
     codes = quantize(weight, scale, zero_point, bits=bits, group_size=group_size)
     step = grouped(codes.float(), group_size) - zero_point[..., None]
-    error = weight.float() - (step * scale[..., None]).reshape(weight.shape)
+    return approximation_error(weight, (step * scale[..., None]).reshape(weight.shape), moment=moment)
+
+
+@torch.no_grad()
+def approximation_error(weight: Tensor, approximation: Tensor, *, moment: Tensor | None = None) -> float:
+    """Energy of the difference over energy of `weight`, both [N, K], columns weighted by `moment` [K] when given."""
     power = torch.ones(weight.shape[1]) if moment is None else moment.float()
     power = power.to(weight.device)
+    error = weight.float() - approximation
     return float((error.square() * power).sum() / (weight.float().square() * power).sum().clamp_min(1e-20))
 
 
@@ -106,9 +126,9 @@ def _asymmetric(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round().clamp(0, qmax)
 
 
-def _symmetric(bound: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    scale = (bound / (2 ** (bits - 1) - 0.5)).clamp(SCALE_MIN, SCALE_MAX)
-    return scale, torch.full_like(scale, 2 ** (bits - 1))
+def _balanced_scale(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Scale of a grid around zero: half of its levels span the larger side of the range."""
+    return (torch.maximum(-low, high) / (2 ** (bits - 1) - 0.5)).clamp(SCALE_MIN, SCALE_MAX)
 
 
 def _levels(groups: Tensor, scale: Tensor, zero: Tensor, qmax: int) -> Tensor:

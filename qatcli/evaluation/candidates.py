@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qat_kernels import quantize
-from qatcli.grid import initial_grid
+from qatcli.grid import ZeroPoints, initial_grid
 from qatcli.hf import load_packed
 from qatcli.models.source import ModelSource, load_tokenizer
 from qatcli.packed import QuantizedLinear
@@ -56,7 +56,7 @@ def round_to_nearest(source: ModelSource, quant: QuantSection, device: torch.dev
         for name, module in model.named_modules():
             choice = quant.for_module(name) if isinstance(module, nn.Linear) else None
             if choice is not None:
-                module.weight.data = _rounded(module.weight.data, *choice, symmetric=quant.symmetric)
+                module.weight.data = _rounded(module.weight.data, *choice, zero_points=quant.zero_points)
         return model
 
     return Candidate("round_to_nearest", load, source.tokenizer, None, "rounded weights, fp32")
@@ -80,8 +80,8 @@ def packed(
     )
 
 
-def _rounded(weight: torch.Tensor, bits: int, group_size: int, *, symmetric: bool) -> torch.Tensor:
-    scale, zero_point = initial_grid(weight, bits=bits, group_size=group_size, symmetric=symmetric, method="minmax")
+def _rounded(weight: torch.Tensor, bits: int, group_size: int, *, zero_points: ZeroPoints) -> torch.Tensor:
+    scale, zero_point = initial_grid(weight, bits=bits, group_size=group_size, zero_points=zero_points, method="minmax")
     codes = quantize(weight, scale, zero_point, bits=bits, group_size=group_size)
     linear = QuantizedLinear(codes, scale, zero_point.to(torch.uint8), bits, group_size)
     return linear.dequantize(weight.dtype)

@@ -71,7 +71,7 @@ def make_plan(recipe: Recipe, device: torch.device, run_dir: Path) -> dict[str, 
 def runtimes(s: Setting) -> dict[str, list[Deployment]]:
     """Format -> who runs it, for every format that carries these bits."""
     checkpoint = PackedCheckpoint(Path(), {}, s.model.linears, {})
-    symmetric = s.recipe.quant.symmetric
+    symmetric = s.recipe.quant.zero_points == "middle"
     rows = {
         "gptq": deployment.gptq(checkpoint, symmetric=symmetric),
         "bitblas": deployment.bitblas(s.recipe.export.bitblas_zeros),

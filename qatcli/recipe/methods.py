@@ -1,6 +1,7 @@
 """Presets: what a method means for the keys that a recipe leaves out.
 
-`qat` is what the schema's defaults say, so its preset is empty. `efficientqat` is the recipe of Chen et al.,
+`qat` is what the schema's defaults say, but for zero points at 2 bits: the central two lose nothing there (LOG.md) and
+make a model fit GGUF's smallest exact block type. `efficientqat` is the recipe of Chen et al.,
 "EfficientQAT" (arXiv 2407.11062), with the rates of its appendix and public code: absolute rates, lower above
 2 bits, min-max grids, plain squared error, no shuffling and no choice of the best state.
 """
@@ -15,7 +16,7 @@ Preset = dict[str, dict[str, Any]]
 
 
 def _qat(bits: int) -> Preset:
-    return {}
+    return {"quant": {"zero_points": "central"}} if bits == 2 else {}
 
 
 def _efficientqat(bits: int) -> Preset:

@@ -74,8 +74,9 @@ class QuantSection(Section):
     group_size: GroupSize = 64
     """Consecutive inputs of one output row that share a scale and a zero point: a positive divisor of the inputs, or -1
     for the whole row."""
-    symmetric: bool = False
-    """Fix every zero point at the middle of the grid, `2^(bits-1)`."""
+    zero_points: Literal["any", "central", "middle"] = "any"
+    """Zero points that a group may have: any of the grid; the central two, `2^(bits-1) - 1` and `2^(bits-1)`, with
+    which 2-bit models fit GGUF's Q2_0 (2.25 bits per weight) exactly; or only the latter, a symmetric grid."""
     init: Literal["minmax", "absmax", "percentile", "mse", "weighted"] = "weighted"
     """Search for the first scale and zero point of a group; `weighted` minimises the squared error weighted by the
     second moments of the layer's inputs."""

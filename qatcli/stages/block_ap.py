@@ -116,7 +116,7 @@ def _train(
     if config.rounding == "gptq":
         sample = train.student[: recipe.calibrate.moment_samples or len(train.student)]
         hessians = input_hessians(block, prefix, list(quants), sample, arguments, job.device)
-    students = build_student(block, prefix, quants, grids, symmetric=recipe.quant.symmetric, hessians=hessians)
+    students = build_student(block, prefix, quants, grids, zero_points=recipe.quant.zero_points, hessians=hessians)
     result: BlockResult = train_block(
         block,
         students,
@@ -124,7 +124,7 @@ def _train(
         Windows(held_out.student, held_out.target),
         arguments,
         config,
-        symmetric=recipe.quant.symmetric,
+        zero_points=recipe.quant.zero_points,
         generator=torch.Generator().manual_seed(recipe.calibrate.seed * 1_000_003 + index),
         device=job.device,
         progress=bar.note,

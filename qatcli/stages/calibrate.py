@@ -145,7 +145,7 @@ def _round_block(
         assert isinstance(linear, nn.Linear)
         weight, shape = linear.weight.detach(), {"bits": q.bits, "group_size": q.group_size}
         moment = moments.get(name)
-        scale, zero_point = initial_grid(weight, **shape, symmetric=quant.symmetric, method=quant.init, moment=moment)
+        scale, zero_point = initial_grid(weight, **shape, zero_points=quant.zero_points, method=quant.init, moment=moment)
         codes = quantize(weight, scale, zero_point, **shape)
         linears[name] = QuantizedLinear(codes, scale, zero_point.to(torch.uint8), **shape, bias=linear.bias)
         errors[name] = relative_error(weight, scale, zero_point, **shape, moment=moment)

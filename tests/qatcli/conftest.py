@@ -70,7 +70,7 @@ def pack_model() -> Callable[..., Path]:
             if module not in linears:
                 writer.add_tensor(name, tensor)
             elif name.endswith(".weight"):
-                scale, zero_point = initial_grid(tensor, **kind, symmetric=False, method="minmax")
+                scale, zero_point = initial_grid(tensor, **kind, zero_points="any", method="minmax")
                 codes = quantize(tensor, scale, zero_point, **kind)
                 bias = tensors.get(module + ".bias")
                 linear = QuantizedLinear(codes, scale.to(scale_dtype), zero_point.to(torch.uint8), **kind, bias=bias)

@@ -19,7 +19,7 @@ from qatcli.blocktrain import (
     train_block,
     validation_loss,
 )
-from qatcli.grid import initial_grid
+from qatcli.grid import ZeroPoints, initial_grid
 from qatcli.linear import FakeQuantLinear
 from qatcli.packed import ModuleQuant
 from qatcli.recipe import BlockApSection
@@ -51,12 +51,12 @@ def make_windows(count: int, teacher: nn.Module) -> Windows:
 class Setting:
     """A student rounded to 2 bits, and what it learns from."""
 
-    def __init__(self, *, symmetric: bool = False) -> None:
+    def __init__(self, *, zero_points: ZeroPoints = "any") -> None:
         torch.manual_seed(3)
         self.block = Block()
         self.train = make_windows(16, self.block)
         self.held_out = make_windows(6, self.block)
-        self.symmetric = symmetric
+        self.zero_points = zero_points
         quants = {
             f"{PREFIX}.up": ModuleQuant(2, 16, HIDDEN, INNER),
             f"{PREFIX}.down": ModuleQuant(2, 16, INNER, HIDDEN),
@@ -64,8 +64,8 @@ class Setting:
         grids = {}
         for name in quants:
             weight = self.block.get_submodule(name.removeprefix(PREFIX + ".")).weight
-            grids[name] = initial_grid(weight, bits=2, group_size=16, symmetric=symmetric, method="mse")
-        self.students = build_student(self.block, PREFIX, quants, grids, symmetric=symmetric, hessians=None)
+            grids[name] = initial_grid(weight, bits=2, group_size=16, zero_points=zero_points, method="mse")
+        self.students = build_student(self.block, PREFIX, quants, grids, zero_points=zero_points, hessians=None)
 
     def run(self, *, seed: int = 0, **config: Any) -> BlockResult:
         settings = {"epochs": 3, "batch_size": 4, "amp": "float32", **config}
@@ -76,7 +76,7 @@ class Setting:
             self.held_out,
             {},
             BlockApSection(**settings),
-            symmetric=self.symmetric,
+            zero_points=self.zero_points,
             generator=torch.Generator().manual_seed(seed),
             device=CPU,
         )
@@ -93,9 +93,9 @@ class Setting:
 
 
 @pytest.mark.parametrize("kind", ["relative", "mse"])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_training_lowers_the_loss(kind: str, symmetric: bool) -> None:
-    setting = Setting(symmetric=symmetric)
+@pytest.mark.parametrize("zero_points", ["any", "central", "middle"])
+def test_training_lowers_the_loss(kind: str, zero_points: ZeroPoints) -> None:
+    setting = Setting(zero_points=zero_points)
     start = setting.loss(kind)
     result = setting.run(loss=kind, epochs=6)
     assert result.before == pytest.approx(start, rel=1e-4)
@@ -230,7 +230,7 @@ def test_each_rate_moves_its_own_parameters(key: str, part: str) -> None:
 
 
 def test_zero_points_of_a_symmetric_grid_do_not_move() -> None:
-    setting = Setting(symmetric=True)
+    setting = Setting(zero_points="middle")
     setting.run(keep_best=False, lr_zero_points=5.0)
     assert all(bool((student.zero_point == 2).all()) for student in setting.students.values())
 
@@ -338,8 +338,8 @@ def test_error_feedback_starts_closer_than_rounding_to_nearest() -> None:
         inputs = torch.randn(24, TOKENS, HIDDEN) @ mixing
         windows = Windows(inputs, block(inputs).detach())
         quants = {f"{PREFIX}.up": ModuleQuant(2, 16, HIDDEN, INNER)}
-        grids = {f"{PREFIX}.up": initial_grid(block.up.weight, bits=2, group_size=16, symmetric=False, method="mse")}
+        grids = {f"{PREFIX}.up": initial_grid(block.up.weight, bits=2, group_size=16, zero_points="any", method="mse")}
         hessians = input_hessians(block, PREFIX, list(quants), inputs, {}, CPU) if feedback else None
-        build_student(block, PREFIX, quants, grids, symmetric=False, hessians=hessians)
+        build_student(block, PREFIX, quants, grids, zero_points="any", hessians=hessians)
         losses.append(validation_loss(block, windows, {}, "mse", 8, CPU))
     assert losses[1] < 0.9 * losses[0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qatcli.gptq import DAMPING, error_feedback
-from qatcli.grid import grouped, search_grid
+from qatcli.grid import ZeroPoints, grouped, search_grid
 
 ROWS, COLUMNS = 12, 192
 
@@ -54,12 +54,12 @@ def naive_codes(weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tens
 
 
 @pytest.mark.parametrize("group_size", [32, 96, -1])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("zero_points", ["any", "central", "middle"])
 def test_codes_are_those_of_the_naive_algorithm(
-    weight: Tensor, inputs: Tensor, group_size: int, symmetric: bool
+    weight: Tensor, inputs: Tensor, group_size: int, zero_points: ZeroPoints
 ) -> None:
     hessian = inputs.T @ inputs
-    latent, scale, zero_point = error_feedback(weight, hessian, bits=3, group_size=group_size, symmetric=symmetric)
+    latent, scale, zero_point = error_feedback(weight, hessian, bits=3, group_size=group_size, zero_points=zero_points)
     size = COLUMNS if group_size < 0 else group_size
     expected = naive_codes(weight, hessian, scale, zero_point, 3, size)
     found = levels(latent, scale, zero_point, 3, size)
@@ -73,7 +73,7 @@ def test_codes_are_those_of_the_naive_algorithm(
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_output_error_is_below_rounding_to_nearest(weight: Tensor, inputs: Tensor, bits: int, group_size: int) -> None:
     hessian = inputs.T @ inputs
-    kind = {"bits": bits, "symmetric": False}
+    kind = {"bits": bits, "zero_points": "any"}
     latent, scale, zero_point = error_feedback(weight, hessian, group_size=group_size, **kind)
     size = COLUMNS if group_size < 0 else group_size
     moment = hessian.diagonal() / len(inputs)
@@ -90,18 +90,19 @@ def test_output_error_is_below_rounding_to_nearest(weight: Tensor, inputs: Tenso
     assert compensated < 0.7 * output_error(weight, nearest_grid)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_grids_are_in_range(weight: Tensor, inputs: Tensor, symmetric: bool) -> None:
-    _, scale, zero_point = error_feedback(weight, inputs.T @ inputs, bits=2, group_size=32, symmetric=symmetric)
+@pytest.mark.parametrize("zero_points", ["any", "central", "middle"])
+def test_grids_are_in_range(weight: Tensor, inputs: Tensor, zero_points: ZeroPoints) -> None:
+    _, scale, zero_point = error_feedback(weight, inputs.T @ inputs, bits=2, group_size=32, zero_points=zero_points)
     assert scale.shape == zero_point.shape == (ROWS, 6)
     assert bool((scale >= 1e-4 * (1 - 1e-6)).all())
     assert torch.equal(zero_point, zero_point.round().clamp(0, 3))
-    assert bool((zero_point == 2).all()) == symmetric
+    allowed = {"any": {0, 1, 2, 3}, "central": {1, 2}, "middle": {2}}[zero_points]
+    assert set(zero_point.unique().tolist()) <= allowed
 
 
 def test_latent_weights_stay_where_their_gradient_is_not_zero(weight: Tensor, inputs: Tensor) -> None:
     """A weight that rounds beyond the last code would be clamped, and its straight-through gradient be zero."""
-    latent, scale, zero_point = error_feedback(weight, inputs.T @ inputs, bits=2, group_size=32, symmetric=False)
+    latent, scale, zero_point = error_feedback(weight, inputs.T @ inputs, bits=2, group_size=32, zero_points="any")
     scale, zero_point = (t.repeat_interleave(32, dim=1) for t in (scale, zero_point))
     unclamped = (latent / scale).round() + zero_point
     assert bool(((unclamped >= 0) & (unclamped <= 3)).all())
@@ -116,32 +117,32 @@ def test_inputs_that_never_fire(weight: Tensor, inputs: Tensor) -> None:
     silent = inputs.clone()
     silent[:, dead] = 0
     hessian = silent.T @ silent
-    latent, scale, zero_point = error_feedback(weight, hessian, bits=3, group_size=32, symmetric=False)
+    latent, scale, zero_point = error_feedback(weight, hessian, bits=3, group_size=32, zero_points="any")
     assert bool(torch.isfinite(latent).all() & torch.isfinite(scale).all())
     codes = levels(latent, scale, zero_point, 3, 32)
     reconstructed = (codes - zero_point.repeat_interleave(32, dim=1)) * scale.repeat_interleave(32, dim=1)
     assert bool((reconstructed[:, dead] == 0).all())
     other_weight = weight.clone()
     other_weight[:, dead] = 7.0
-    again, *_ = error_feedback(other_weight, hessian, bits=3, group_size=32, symmetric=False)
+    again, *_ = error_feedback(other_weight, hessian, bits=3, group_size=32, zero_points="any")
     assert torch.equal(again, latent)
 
 
 def test_no_input_at_all_rounds_to_zero(weight: Tensor) -> None:
-    latent, scale, _ = error_feedback(weight, torch.zeros(COLUMNS, COLUMNS), bits=2, group_size=32, symmetric=False)
+    latent, scale, _ = error_feedback(weight, torch.zeros(COLUMNS, COLUMNS), bits=2, group_size=32, zero_points="any")
     assert bool((latent == 0).all() & torch.isfinite(scale).all())
 
 
 def test_uncorrelated_inputs_need_no_feedback(weight: Tensor) -> None:
     """With a diagonal Hessian every column is on its own: GPTQ is rounding to nearest."""
-    latent, scale, zero_point = error_feedback(weight, torch.eye(COLUMNS), bits=4, group_size=32, symmetric=False)
+    latent, scale, zero_point = error_feedback(weight, torch.eye(COLUMNS), bits=4, group_size=32, zero_points="any")
     assert torch.equal(levels(latent, scale, zero_point, 4, 32), levels(weight, scale, zero_point, 4, 32))
 
 
 def test_arguments_are_left_alone(weight: Tensor, inputs: Tensor) -> None:
     hessian = inputs.T @ inputs
     before = weight.clone(), hessian.clone()
-    error_feedback(weight, hessian, bits=2, group_size=32, symmetric=False)
+    error_feedback(weight, hessian, bits=2, group_size=32, zero_points="any")
     assert torch.equal(weight, before[0])
     assert torch.equal(hessian, before[1])
 
@@ -150,4 +151,4 @@ def test_infinite_activations_are_an_error(weight: Tensor) -> None:
     hessian = torch.eye(COLUMNS)
     hessian[3, 3] = float("nan")
     with pytest.raises(ValueError, match="finite"):
-        error_feedback(weight, hessian, bits=2, group_size=32, symmetric=False)
+        error_feedback(weight, hessian, bits=2, group_size=32, zero_points="any")

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qatcli.grid import METHODS, grouped, initial_grid, relative_error
+from qatcli.grid import METHODS, ZeroPoints, grouped, initial_grid, relative_error
 
 ROWS, COLUMNS = 4, 96
+ZERO_POINTS: tuple[ZeroPoints, ...] = ("any", "central", "middle")
 QUICK = settings(max_examples=40, deadline=None)
 
 
@@ -48,7 +49,7 @@ def rounded(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, size: 
 @QUICK
 @given(weight=weights(), bits=st.sampled_from([2, 3, 4, 8]), size=st.sampled_from([16, 32, 96]))
 def test_minmax_is_the_formula_of_the_paper(weight: Tensor, bits: int, size: int) -> None:
-    scale, zero_point = initial_grid(weight, bits=bits, group_size=size, symmetric=False, method="minmax")
+    scale, zero_point = initial_grid(weight, bits=bits, group_size=size, zero_points="any", method="minmax")
     expected_scale, expected_zero = minmax_of_the_paper(weight.numpy(), bits, size)
     np.testing.assert_array_equal(scale.numpy(), expected_scale)
     np.testing.assert_array_equal(zero_point.numpy(), expected_zero)
@@ -57,29 +58,35 @@ def test_minmax_is_the_formula_of_the_paper(weight: Tensor, bits: int, size: int
 def test_zero_points_of_one_sided_groups_stay_in_the_grid() -> None:
     """Unclamped they would be -15 and 18: the reference packs such values into the bits of their neighbours."""
     weight = torch.tensor([[5.0, 5.3, 5.6, 6.0], [-6.0, -5.6, -5.3, -5.0]])
-    _, zero_point = initial_grid(weight, bits=2, group_size=-1, symmetric=False, method="minmax")
+    _, zero_point = initial_grid(weight, bits=2, group_size=-1, zero_points="any", method="minmax")
     assert zero_point.tolist() == [[0.0], [3.0]]
 
 
 @QUICK
-@given(weight=weights(), bits=st.sampled_from([2, 3, 4, 8]), method=st.sampled_from(METHODS), symmetric=st.booleans())
+@given(
+    weight=weights(),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    method=st.sampled_from(METHODS),
+    zero_points=st.sampled_from(ZERO_POINTS),
+)
 def test_every_method_gives_positive_steps_and_integers_in_range(
-    weight: Tensor, bits: int, method: str, symmetric: bool
+    weight: Tensor, bits: int, method: str, zero_points: ZeroPoints
 ) -> None:
-    scale, zero_point = initial_grid(weight, bits=bits, group_size=32, symmetric=symmetric, method=method)
+    scale, zero_point = initial_grid(weight, bits=bits, group_size=32, zero_points=zero_points, method=method)
     assert scale.shape == zero_point.shape == (ROWS, COLUMNS // 32)
     assert scale.dtype == zero_point.dtype == torch.float32
     assert bool(((scale >= np.float32(1e-4)) & (scale <= 1e4)).all())
     assert torch.equal(zero_point, zero_point.round().clamp(0, 2**bits - 1))
-    if symmetric:
-        assert bool((zero_point == 2 ** (bits - 1)).all())
+    middle = 2 ** (bits - 1)
+    lowest = {"any": 0, "central": middle - 1, "middle": middle}[zero_points]
+    assert zero_points == "any" or bool(((zero_point >= lowest) & (zero_point <= middle)).all())
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.0, 1.0, -1e-7, 1e6])
 def test_constant_groups_give_a_finite_grid(method: str, value: float) -> None:
     weight = torch.full((2, 64), value)
-    scale, zero_point = initial_grid(weight, bits=2, group_size=32, symmetric=False, method=method)
+    scale, zero_point = initial_grid(weight, bits=2, group_size=32, zero_points="any", method=method)
     assert bool((torch.isfinite(scale) & (scale > 0)).all())
     assert torch.equal(zero_point, zero_point.round().clamp(0, 3))
 
@@ -89,12 +96,14 @@ def test_constant_groups_give_a_finite_grid(method: str, value: float) -> None:
     weight=weights(),
     bits=st.sampled_from([2, 3, 4]),
     method=st.sampled_from(["mse", "weighted"]),
-    symmetric=st.booleans(),
+    zero_points=st.sampled_from(ZERO_POINTS),
     seed=st.integers(0, 2**16),
 )
-def test_a_search_never_loses_to_minmax(weight: Tensor, bits: int, method: str, symmetric: bool, seed: int) -> None:
+def test_a_search_never_loses_to_minmax(
+    weight: Tensor, bits: int, method: str, zero_points: ZeroPoints, seed: int
+) -> None:
     moment = torch.rand(COLUMNS, generator=torch.Generator().manual_seed(seed)) ** 4
-    kind = {"bits": bits, "group_size": 32, "symmetric": symmetric}
+    kind = {"bits": bits, "group_size": 32, "zero_points": zero_points}
     importance = moment.double() if method == "weighted" else torch.ones(COLUMNS).double()
 
     def errors(scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -107,18 +116,32 @@ def test_a_search_never_loses_to_minmax(weight: Tensor, bits: int, method: str, 
     assert bool((found <= minmax * (1 + 1e-4) + power * 1e-9).all())
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_the_searches_gain_much_at_two_bits(symmetric: bool) -> None:
+@pytest.mark.parametrize("zero_points", ZERO_POINTS)
+def test_the_searches_gain_much_at_two_bits(zero_points: ZeroPoints) -> None:
     weight = torch.randn(64, 256)
     moment = torch.exp(3 * torch.randn(256))
     kind = {"bits": 2, "group_size": 64}
 
     def error(method: str, moment: Tensor | None) -> float:
-        grid = initial_grid(weight, **kind, symmetric=symmetric, method=method, moment=moment)
+        grid = initial_grid(weight, **kind, zero_points=zero_points, method=method, moment=moment)
         return relative_error(weight, *grid, **kind, moment=moment)
 
     assert error("mse", None) < 0.75 * error("minmax", None)
     assert error("weighted", moment) < 0.85 * error("mse", moment)
+
+
+def test_central_zero_points_cost_nothing_at_two_bits() -> None:
+    """Which is why they are the default there; a symmetric grid wastes a level of every group."""
+    weight = torch.randn(64, 256)
+    kind = {"bits": 2, "group_size": 64}
+    lost = {
+        zero_points: relative_error(
+            weight, *initial_grid(weight, **kind, zero_points=zero_points, method="mse"), **kind
+        )
+        for zero_points in ZERO_POINTS
+    }
+    assert lost["central"] < 1.005 * lost["any"]
+    assert lost["middle"] > 1.05 * lost["any"]
 
 
 def test_a_search_finds_the_grid_that_the_weights_came_from() -> None:
@@ -126,34 +149,34 @@ def test_a_search_finds_the_grid_that_the_weights_came_from() -> None:
     codes[:, 0], codes[:, 1] = 0, 3  # both ends are used, so that the range tells the step
     step, zero_point = torch.rand(8, 1) + 0.5, torch.randint(0, 4, (8, 1))
     weight = (codes - zero_point) * step
-    scale, found = initial_grid(weight, bits=2, group_size=-1, symmetric=False, method="mse")
+    scale, found = initial_grid(weight, bits=2, group_size=-1, zero_points="any", method="mse")
     torch.testing.assert_close(scale, step)
     assert torch.equal(found, zero_point.float())
 
 
 def test_absmax_clips_nothing() -> None:
     weight = torch.randn(8, 64)
-    scale, zero_point = initial_grid(weight, bits=3, group_size=32, symmetric=False, method="absmax")
+    scale, zero_point = initial_grid(weight, bits=3, group_size=32, zero_points="any", method="absmax")
     assert bool((zero_point == 4).all())
     error = (rounded(weight, scale, zero_point, 3, 32) - weight).abs()
     assert bool((error <= 0.5 * scale.repeat_interleave(32, dim=1) * (1 + 1e-5)).all())
-    wider, _ = initial_grid(2 * weight, bits=3, group_size=32, symmetric=False, method="absmax")
+    wider, _ = initial_grid(2 * weight, bits=3, group_size=32, zero_points="any", method="absmax")
     torch.testing.assert_close(wider, 2 * scale)
 
 
 def test_percentile_ignores_an_outlier() -> None:
     weight = torch.randn(2, 512)
     weight[:, 7] = 100.0
-    minmax, _ = initial_grid(weight, bits=4, group_size=-1, symmetric=False, method="minmax")
-    percentile, _ = initial_grid(weight, bits=4, group_size=-1, symmetric=False, method="percentile")
+    minmax, _ = initial_grid(weight, bits=4, group_size=-1, zero_points="any", method="minmax")
+    percentile, _ = initial_grid(weight, bits=4, group_size=-1, zero_points="any", method="percentile")
     assert bool((percentile < minmax / 5).all())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_group_size_minus_one_is_the_whole_row(method: str) -> None:
     weight = torch.randn(ROWS, COLUMNS)
-    whole = initial_grid(weight, bits=3, group_size=COLUMNS, symmetric=False, method=method)
-    found = initial_grid(weight, bits=3, group_size=-1, symmetric=False, method=method)
+    whole = initial_grid(weight, bits=3, group_size=COLUMNS, zero_points="any", method=method)
+    found = initial_grid(weight, bits=3, group_size=-1, zero_points="any", method=method)
     assert found[0].shape == (ROWS, 1)
     assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
 
@@ -162,7 +185,7 @@ def test_groups_do_not_influence_each_other() -> None:
     weight = torch.randn(ROWS, COLUMNS)
     changed = weight.clone()
     changed[:, 32:64] *= 10
-    kind = {"bits": 2, "group_size": 32, "symmetric": False, "method": "mse"}
+    kind = {"bits": 2, "group_size": 32, "zero_points": "any", "method": "mse"}
     (scale, zero_point), (scale_2, zero_point_2) = initial_grid(weight, **kind), initial_grid(changed, **kind)
     assert torch.equal(scale[:, [0, 2]], scale_2[:, [0, 2]])
     assert torch.equal(zero_point[:, [0, 2]], zero_point_2[:, [0, 2]])
@@ -172,7 +195,7 @@ def test_groups_do_not_influence_each_other() -> None:
 def test_relative_error_is_error_energy_over_weight_energy() -> None:
     weight, moment = torch.randn(ROWS, COLUMNS), torch.rand(COLUMNS)
     kind = {"bits": 2, "group_size": 32}
-    scale, zero_point = initial_grid(weight, **kind, symmetric=False, method="minmax")
+    scale, zero_point = initial_grid(weight, **kind, zero_points="any", method="minmax")
     error = (rounded(weight, scale, zero_point, 2, 32) - weight.double()).square()
     plain = float(error.sum() / weight.double().square().sum())
     weighted = float((error * moment).sum() / (weight.double().square() * moment).sum())

@@ -78,7 +78,7 @@ def test_defaults_do_not_contradict(build: Callable[..., Recipe], method: str, b
 
 
 def test_a_symmetric_grid_takes_any_init(build: Callable[..., Recipe]) -> None:
-    assert contradictions(build(quant={"symmetric": True, "init": "minmax"}), set()) == []
+    assert contradictions(build(quant={"zero_points": "middle", "init": "minmax"}), set()) == []
 
 
 def test_every_figure_that_is_measured_may_be_expected(build: Callable[..., Recipe]) -> None:
