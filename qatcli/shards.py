@@ -97,6 +97,8 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
             raise ResourceError(f"cannot write {file}: {error}", hint=hint) from error
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
+        # The library leaves a file that only its owner may read; a server often runs as somebody else.
+        temporary.chmod(file.parent.stat().st_mode & 0o666)
         os.replace(temporary, file)
 
 

@@ -35,9 +35,16 @@ def atomic_directory(out: Path, *, resume: bool = False) -> Iterator[Path]:
     except BaseException as error:
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and _disk_is_full(error):
             raise ResourceError(f"no space left while writing {out}", hint="free space and export again") from error
         raise
+
+
+def _disk_is_full(error: OSError) -> bool:
+    """numpy's `tofile`, through which GGUF files are written, says so without an error number."""
+    if error.errno is None:
+        return str(error).startswith("Not enough free space") or "requested and" in str(error)
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _sync(path: Path) -> None:

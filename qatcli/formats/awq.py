@@ -13,7 +13,7 @@ from typing import Any
 
 from qatcli.errors import QatError
 from qatcli.formats import deployment, readback, source
-from qatcli.formats.compare import TensorFiles, compare_directory
+from qatcli.formats.compare import Kind, Settings, TensorFiles, compare_directory
 from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.gptq import refuse_sizes
 from qatcli.formats.layouts import awq as layout
@@ -49,7 +49,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
         format_name="awq",
         pack_linear=partial(_pack, group=group),
         quantization=config,
-        deployments=deployment.awq(),
+        deployments=deployment.where_merged(checkpoint, deployment.awq()),
         options=options,
     )
 
@@ -62,7 +62,14 @@ def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> V
         return _expand(source.arrays(checkpoint, name), group)
 
     found = compare_directory(
-        checkpoint, out, "awq", _read, suffixes=("qweight", "qzeros", "scales"), expected=expected
+        checkpoint,
+        out,
+        "awq",
+        _read,
+        _declared,
+        suffixes=("qweight", "qzeros", "scales"),
+        kinds=dict.fromkeys(checkpoint.modules, (4, group)),
+        expected=expected,
     )
     return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
@@ -90,5 +97,12 @@ def _pack(linear: source.Arrays, *, group: int) -> layout.Arrays:
     return layout.pack_linear(linear.codes, linear.zero_point, linear.scale)
 
 
-def _read(files: TensorFiles, name: str) -> readback.Triple:
+def _declared(settings: Settings, name: str) -> Kind | None:
+    dense = any(part in name for part in settings["modules_to_not_convert"] or [])
+    return None if dense else (settings["bits"], settings["group_size"])
+
+
+def _read(settings: Settings, files: TensorFiles, name: str) -> readback.Triple:
+    if settings["quant_method"] != "awq" or settings["version"] != "gemm" or not settings["zero_point"]:
+        raise ValueError("the settings say another layout")
     return readback.awq(*(files.array(f"{name}.{suffix}") for suffix in ("qweight", "qzeros", "scales")))

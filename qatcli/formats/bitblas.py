@@ -6,13 +6,14 @@ layout runs without CUDA: verification is our independent reader, which the gold
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 from qatcli.formats import deployment, readback, source
-from qatcli.formats.compare import TensorFiles, compare_directory
+from qatcli.formats.compare import Settings, TensorFiles, compare_directory
 from qatcli.formats.contract import ExportOptions, Verification
-from qatcli.formats.gptq import quantization_config, refuse_sizes
+from qatcli.formats.gptq import declared, quantization_config, refuse_sizes
 from qatcli.formats.layouts import bitblas as layout
 from qatcli.formats.model_directory import write_directory
 from qatcli.packed import PackedCheckpoint
@@ -30,13 +31,14 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
     refuse_sizes(checkpoint, "bitblas", 32)
     groups = [f"{n} (group {q.group_size})" for n, q in checkpoint.modules.items() if q.group_size not in GROUPS]
     source.refuse_if(groups, f"bitblas takes group sizes {list(GROUPS)}", hint="export gptq, which takes any")
-    symmetric = source.survey(checkpoint)
-    eight = [name for name, quant in checkpoint.modules.items() if quant.bits == 8 and not symmetric]
+    main = Counter(_kinds(checkpoint).values()).most_common(1)[0][0]
+    others = [f"{name} {kind}" for name, kind in _kinds(checkpoint).items() if kind != main]
     source.refuse_if(
-        eight,
-        "GPTQModel reads asymmetric 8-bit BitBLAS zero points wrongly (it masks them to 4 bits)",
-        hint="export gptq or compressed-tensors",
+        others,
+        f"GPTQModel gives every BitBLAS linear the same bits and group size, here {main}, whatever `dynamic` says",
+        hint="export gptq, which takes several",
     )
+    source.survey(checkpoint)
     config = quantization_config(checkpoint, symmetric=False, layout_name="bitblas", containers=_CONTAINERS)
     write_directory(
         checkpoint,
@@ -52,9 +54,16 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
 
 def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
     """Undo interleave and compression with the independent reader and compare the integers."""
-    suffixes = ("qweight", options.bitblas_zeros, "scales")
-    read = partial(_read, checkpoint, options.bitblas_zeros)
-    found = compare_directory(checkpoint, out, "bitblas", read, suffixes=suffixes)
+    found = compare_directory(
+        checkpoint,
+        out,
+        "bitblas",
+        partial(_read, options.bitblas_zeros),
+        declared,
+        suffixes=("qweight", options.bitblas_zeros, "scales"),
+        kinds=_kinds(checkpoint),
+        settings_beside="quantize_config.json",
+    )
     return found.with_note(_NOTE)
 
 
@@ -62,7 +71,13 @@ def _pack(linear: source.Arrays, *, zeros_name: str) -> layout.Arrays:
     return layout.pack_linear(linear.codes, linear.zero_point, linear.scale, bits=linear.bits, zeros_name=zeros_name)
 
 
-def _read(checkpoint: PackedCheckpoint, zeros_name: str, files: TensorFiles, name: str) -> readback.Triple:
+def _kinds(checkpoint: PackedCheckpoint) -> dict[str, tuple[int, int]]:
+    """Bits of the container and group size of every linear."""
+    return {name: (_CONTAINERS[quant.bits], quant.group_size) for name, quant in checkpoint.modules.items()}
+
+
+def _read(zeros_name: str, settings: Settings, files: TensorFiles, name: str) -> readback.Triple:
     qweight, zeros, scales = (files.array(f"{name}.{suffix}") for suffix in ("qweight", zeros_name, "scales"))
-    stored = qweight.shape[1] * 8 // checkpoint.modules[name].in_features
-    return readback.bitblas(qweight, zeros, scales, bits=stored)
+    if settings["checkpoint_format"] != "bitblas" or settings["sym"]:
+        raise ValueError("the settings say another layout, or symmetric, which has no zero points")
+    return readback.bitblas(qweight, zeros, scales, bits=settings["bits"])

@@ -17,18 +17,18 @@ def model_card(checkpoint: PackedCheckpoint, format_name: str, deployments: list
     config = checkpoint.config
     kinds = Counter((quant.bits, quant.group_size) for quant in checkpoint.modules.values())
     rows = "\n".join(f"| {bits} | {_group(group)} | {count} |" for (bits, group), count in sorted(kinds.items()))
-    base = config.get("_name_or_path") or "unknown"
-    front = f"base_model: {base}\n" if base != "unknown" and not base.startswith(("/", ".")) else ""
+    base = str(config.get("_name_or_path") or "/")
+    front = "" if format_name == "gguf" else "library_name: transformers\n"
+    front += f"base_model: {base}\n" if not base.startswith(("/", ".")) else ""
     architecture = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
     return f"""---
-library_name: transformers
 {front}tags: [quantized, efficientqat, {format_name}]
 ---
 
 # {architecture}, {format_name}
 
-Quantized by qat {__version__} with quantization-aware training (EfficientQAT, arXiv 2407.11062).
-Each weight is `(code - zero_point) * scale` with integer codes and zero points and fp16 scales.
+Written by qat {__version__}, which quantizes by EfficientQAT (arXiv 2407.11062). Each weight of a quantized linear is
+`(code - zero_point) * scale` with integer codes and zero points and fp16 scales.
 
 | bits | group size | linears |
 |---|---|---|
@@ -40,21 +40,30 @@ All other tensors are in half precision.
 
 {deployment_table(deployments)}
 
-The integers of this export were compared with the training checkpoint when `verify.json` lies beside this file.
+Commands are given for the folder of this file. `verify.json` beside it says with what code the export was read back and
+compared with the checkpoint it was made from, and which libraries ran it; without that file it was not verified.
 """
 
 
 def deployment_table(deployments: list[Deployment]) -> str:
     """The deployment matrix as a Markdown table."""
     lines = ["| runtime | releases | command | remark |", "|---|---|---|---|"]
-    lines += [f"| {d.runtime} | {d.releases} | `{d.command}` | {d.remark} |" for d in deployments]
+    lines += [
+        f"| {d.runtime} | {d.releases} | {f'`{d.command}`' if d.command else ''} | {d.remark} |" for d in deployments
+    ]
     return "\n".join(lines)
 
 
 def deployments_of(out: Path) -> str:
-    """The deployment matrix in the card of the export `out`."""
+    """The deployment matrix in the card of the export `out`, aligned for a terminal: one line per runtime."""
     after = (out / "README.md").read_text(encoding="utf-8").partition(RUNTIMES_HEADING)[2]
-    return after.strip().partition("\n\n")[0]
+    lines = after.strip().partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip().strip("`") for cell in line.strip("|").split(" | ")] for line in lines]
+    width = max(len(f"{runtime} {releases}") for runtime, releases, *_ in rows)
+    return "\n".join(
+        f"  {f'{runtime} {releases}':<{width}}  {command}{'  # ' if command and remark else ''}{remark}".rstrip()
+        for runtime, releases, command, remark in rows
+    )
 
 
 def _group(size: int) -> str:

@@ -1,12 +1,13 @@
 """Integer comparison of an export with the checkpoint it was made from: exact equality, no tolerance.
 
 Every tensor of the export is accounted for: quantized linears through the independent readers, all others byte for
-byte against their cast source. An unexpected or missing tensor is a difference, too.
+byte against their cast source. An unexpected or missing tensor is a difference, too. So is a config that says of any
+linear, quantized or not, what is not so, and any other file that is not its source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from torch import Tensor
 from qatcli.errors import InputError
 from qatcli.formats import source
 from qatcli.formats.contract import Verification
-from qatcli.formats.model_directory import bias_and_dense
+from qatcli.formats.model_directory import bias_and_dense, model_config
 from qatcli.formats.readback import Triple
-from qatcli.packed import PackedCheckpoint
+from qatcli.inputs import read_json
+from qatcli.packed import PackedCheckpoint, read_config
 from qatcli.shards import shard_map
 
 READER = "qat's independent reader"
@@ -54,7 +56,10 @@ class TensorFiles:
         return self.tensor(name).numpy()
 
 
-ReadLinear = Callable[[TensorFiles, str], Triple]
+Settings = dict[str, Any]  # quantization_config of the export's own config.json, {} when it has none
+Kind = tuple[int, int]  # bits and group size
+ReadLinear = Callable[[Settings, TensorFiles, str], Triple]
+Declared = Callable[[Settings, str], Kind | None]
 
 
 @dataclass
@@ -101,28 +106,42 @@ def compare_directory(
     out: Path,
     format_name: str,
     read_linear: ReadLinear,
+    declared: Declared,
     *,
     suffixes: Iterable[str],
+    kinds: Mapping[str, Kind] | None = None,
     expected: Callable[[str], source.Arrays] | None = None,
     dtype: torch.dtype = torch.float16,
+    settings_beside: str | None = None,
 ) -> Verification:
-    """Compare all tensors of the export `out`.
+    """Compare all files of the export `out`, the model card excepted.
 
-    `read_linear` reads one linear with independent code; `suffixes` are the names its tensors may have; `expected`
-    overrides what the linear should be (groups that were expanded).
+    `read_linear` reads one linear with independent code; `declared` is what the export's settings say of a linear, None
+    for one that is not quantized, and `kinds` what they should say; `suffixes` are the names its tensors may have;
+    `expected` overrides what the linear should be (groups that were expanded); `settings_beside` names a second file
+    that repeats the settings.
     """
     expected = expected or (lambda name: source.arrays(checkpoint, name))
+    kinds = own_kinds(checkpoint) if kinds is None else kinds
     tally = Tally()
     try:
-        files = TensorFiles.open(out)
+        files, config = TensorFiles.open(out), read_config(out)
+        beside = read_json(out / settings_beside) if settings_beside else None
     except InputError as error:
         tally.others.append(error.message)
         return tally.verification(format_name)
+    settings: Settings = config.pop("quantization_config", {})
+    if beside is not None and beside != settings:
+        tally.others.append(f"{settings_beside} differs from the quantization_config in config.json")
+    if config != model_config(checkpoint, dtype, None):
+        tally.others.append("config.json differs from its source")
+    tally.others += _companion_differences(checkpoint, out)
+    tally.others += _kind_differences(checkpoint, settings, declared, kinds)
     for name in checkpoint.modules:
         try:
-            tally.compare(name, read_linear(files, name), expected(name))
+            tally.compare(name, read_linear(settings, files, name), expected(name))
         except KeyError as error:
-            tally.others.append(f"tensor {error.args[0]} is missing")
+            tally.others.append(f"{name}: {error.args[0]} is missing")
         except (ValueError, InputError) as error:
             tally.others.append(f"{name} cannot be read: {error}")
     copies = bias_and_dense(checkpoint, dtype)
@@ -134,3 +153,36 @@ def compare_directory(
     known = {f"{name}.{suffix}" for name in checkpoint.modules for suffix in suffixes} | copies.keys()
     tally.others += [f"tensor {name} is unexpected" for name in files.shards if name not in known]
     return tally.verification(format_name)
+
+
+def own_kinds(checkpoint: PackedCheckpoint) -> dict[str, Kind]:
+    """Bits and group size of every quantized linear, as the checkpoint has them."""
+    return {name: (quant.bits, quant.group_size) for name, quant in checkpoint.modules.items()}
+
+
+def _kind_differences(
+    checkpoint: PackedCheckpoint, settings: Settings, declared: Declared, kinds: Mapping[str, Kind]
+) -> Iterator[str]:
+    """Linears of which the export's settings say something else than they should."""
+    for name in (*checkpoint.modules, *source.dense_linears(checkpoint)):
+        try:
+            said = declared(settings, name)
+        except (KeyError, TypeError, AttributeError) as error:
+            yield f"config.json does not say how {name} is quantized: {error!r}"
+            return
+        if said != kinds.get(name):
+            yield f"config.json says of {name} {_kind(said)}, it is {_kind(kinds.get(name))}"
+
+
+def _kind(kind: Kind | None) -> str:
+    return "not quantized" if kind is None else f"{kind[0]} bits in groups of {kind[1]}"
+
+
+def _companion_differences(checkpoint: PackedCheckpoint, out: Path) -> Iterator[str]:
+    """Tokenizer and other files that are not what lies beside the checkpoint."""
+    for file in checkpoint.companion_files():
+        copy = out / file.name
+        if not copy.is_file():
+            yield f"file {file.name} is missing"
+        elif copy.read_bytes() != file.read_bytes():
+            yield f"file {file.name} differs from its source"

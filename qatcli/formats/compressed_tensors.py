@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from qatcli.formats import deployment, readback, source
-from qatcli.formats.compare import TensorFiles, compare_directory
+from qatcli.formats.compare import Kind, Settings, TensorFiles, compare_directory
 from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.layouts import compressed_tensors as layout
 from qatcli.formats.model_directory import write_directory
 from qatcli.formats.runtimes import verify_in
-from qatcli.packed import PackedCheckpoint, read_config
+from qatcli.packed import PackedCheckpoint
 
 BITS = (2, 3, 4, 8)
 RUNTIMES = ("compressed-tensors",)
@@ -43,9 +43,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
 
 def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
     """Compare the integers, then let compressed-tensors decompress the directory where it is installed."""
-    found = compare_directory(
-        checkpoint, out, "compressed-tensors", partial(_read, _weights_settings(out)), suffixes=SUFFIXES
-    )
+    found = compare_directory(checkpoint, out, "compressed-tensors", _read, _declared, suffixes=SUFFIXES)
     return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 
@@ -97,17 +95,28 @@ def _pack(linear: source.Arrays, *, symmetric: bool) -> layout.Arrays:
     return {name: array for name, array in tensors.items() if not (symmetric and name == "weight_zero_point")}
 
 
-def _weights_settings(out: Path) -> list[tuple[list[str], dict[str, Any]]]:
-    groups = (read_config(out).get("quantization_config") or {}).get("config_groups", {})
-    return [(group["targets"], group["weights"]) for group in groups.values()]
+def _scheme(settings: Settings, name: str) -> dict[str, Any] | None:
+    """The weights' scheme of a linear, None where the settings leave it dense; a name goes before a type."""
+    if name in settings["ignore"]:
+        return None
+    groups = settings["config_groups"].values()
+    named = (group["weights"] for target in (name, "Linear") for group in groups if target in group["targets"])
+    return next(named, None)
 
 
-def _read(settings: list[tuple[list[str], dict[str, Any]]], files: TensorFiles, name: str) -> readback.Triple:
-    weights = next(weights for targets, weights in settings if name in targets or "Linear" in targets)
-    bits = weights["num_bits"]
+def _declared(settings: Settings, name: str) -> Kind | None:
+    scheme = _scheme(settings, name)
+    return scheme and (scheme["num_bits"], -1 if scheme["strategy"] == "channel" else scheme["group_size"])
+
+
+def _read(settings: Settings, files: TensorFiles, name: str) -> readback.Triple:
+    scheme = _scheme(settings, name)
+    if scheme is None or settings["format"] != "pack-quantized":
+        raise ValueError("the settings say that it is not quantized, or another layout")
+    bits = scheme["num_bits"]
     rows, columns = (int(side) for side in files.array(name + ".weight_shape"))
     packed, scale = files.array(name + ".weight_packed"), files.array(name + ".weight_scale")
-    if not weights["symmetric"]:
+    if not scheme["symmetric"]:
         zero_point = files.array(name + ".weight_zero_point")
         return readback.pack_quantized(packed, zero_point, scale, bits=bits, in_features=columns)
     middle = np.full((rows, scale.shape[1]), 1 << (bits - 1), np.uint8)

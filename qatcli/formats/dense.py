@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qatcli.formats import deployment, readback, source
-from qatcli.formats.compare import TensorFiles, compare_directory
+from qatcli.formats.compare import Kind, Settings, TensorFiles, compare_directory
 from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.model_directory import write_directory
 from qatcli.formats.runtimes import verify_in
@@ -43,7 +43,7 @@ def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> V
     """Recover the codes by division, compare every weight bit for bit, and run the directory in transformers."""
     dtype = getattr(torch, options.dtype)
     read = partial(_read, checkpoint, dtype)
-    found = compare_directory(checkpoint, out, "dense", read, suffixes=("weight",), dtype=dtype)
+    found = compare_directory(checkpoint, out, "dense", read, _declared, suffixes=("weight",), kinds={}, dtype=dtype)
     return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 
@@ -55,7 +55,13 @@ def _weight(linear: source.Arrays, *, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"weight": source.cast("weight", weight.reshape(linear.codes.shape), dtype)}
 
 
-def _read(checkpoint: PackedCheckpoint, dtype: torch.dtype, files: TensorFiles, name: str) -> readback.Triple:
+def _declared(settings: Settings, name: str) -> Kind | None:
+    return (0, 0) if settings else None  # a dense checkpoint has no quantization_config
+
+
+def _read(
+    checkpoint: PackedCheckpoint, dtype: torch.dtype, settings: Settings, files: TensorFiles, name: str
+) -> readback.Triple:
     weight = files.tensor(name + ".weight")
     linear = source.arrays(checkpoint, name)
     columns = weight.shape[1] // linear.scale.shape[1]

@@ -11,7 +11,10 @@ from qatcli.formats.contract import Deployment
 from qatcli.packed import PackedCheckpoint
 
 _HUMMING = "pip install humming-kernels; CUDA, compute capability 7.5 or newer"
-_ONE_KIND = "it reads one number of bits and one group size for all linears"
+_ONE_KIND = "does not run it: it reads one number of bits and group size for all linears; export native or dense"
+# vLLM and SGLang compute these linears as one, so their parts must have the same bits and group size, or all be dense.
+MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_MERGING = ("vLLM", "SGLang")
 _PYTHON = "python -c \"from transformers import pipeline; print(pipeline('text-generation', '.')('Hello'))\""
 
 
@@ -23,21 +26,38 @@ def gptq(checkpoint: PackedCheckpoint, *, symmetric: bool) -> list[Deployment]:
     if len(kinds) == 1:
         rows.append(Deployment("transformers", ">= 5 with optimum and gptqmodel", _PYTHON))
     else:
-        rows.append(Deployment("transformers", "up to 5.23", "export native or dense", _ONE_KIND))
+        rows.append(Deployment("transformers", "up to 5.23", "", _ONE_KIND))
     if symmetric and bits <= {4, 8}:
-        return [*rows, Deployment("vLLM", "all", "vllm serve ."), Deployment("SGLang", "all", _sglang())]
+        rows += [Deployment("vLLM", "all", "vllm serve ."), Deployment("SGLang", "all", _sglang())]
+        return where_merged(checkpoint, rows)
     if not symmetric:
-        rows.append(Deployment("vLLM", "<= 0.11.0", "do not use", "SILENTLY WRONG: zero points are read off by one"))
+        rows.append(Deployment("vLLM", "<= 0.11.0", "", "do not use: SILENTLY WRONG: zero points are read off by one"))
     rows.append(Deployment("vLLM", "0.11.1 to 0.21", "vllm serve . --dtype float16"))
     rows.append(Deployment("SGLang", "<= 0.5.19", _sglang("--dtype float16")))
     if len(kinds) == 1 and all(group > 0 for _, group in kinds):
         rows.append(Deployment("vLLM", ">= 0.22", "vllm serve . --quantization humming", _HUMMING))
         rows.append(Deployment("SGLang", ">= 0.5.21", _sglang("--quantization humming"), _HUMMING))
     else:
-        remark = "Humming reads one number of bits and one positive group size"
-        rows.append(Deployment("vLLM", ">= 0.22", "export compressed-tensors", remark))
+        remark = "does not run it: one number of bits and one positive group size only; export compressed-tensors"
+        rows.append(Deployment("vLLM", ">= 0.22", "", remark))
+        rows.append(Deployment("SGLang", ">= 0.5.21", "", remark.replace("compressed-tensors", "dense")))
     if not symmetric and bits in ({2}, {4}):
         rows.append(Deployment("T-MAC", "June 2025", "run_pipeline.py -m gptq-auto", "CPU"))
+    return where_merged(checkpoint, rows)
+
+
+def where_merged(checkpoint: PackedCheckpoint, rows: list[Deployment]) -> list[Deployment]:
+    """`rows`, without those of servers that merge linears where the parts of a merged one differ."""
+    for name in checkpoint.modules:
+        parent, _, leaf = name.rpartition(".")
+        parts = next((parts for parts in MERGED.values() if leaf in parts), (leaf,))
+        kinds = {
+            (q.bits, q.group_size) if (q := checkpoint.modules.get(f"{parent}.{part}")) else None for part in parts
+        }
+        if len(kinds) > 1:
+            remark = f"does not run it: it merges {', '.join(parts)}, which differ in {parent}; export dense"
+            kept = [row for row in rows if row.runtime not in _MERGING]
+            return [*kept, *(Deployment(runtime, "all", "", remark) for runtime in _MERGING)]
     return rows
 
 
@@ -81,7 +101,8 @@ def compressed_tensors(checkpoint: PackedCheckpoint, *, symmetric: bool) -> list
         rows.append(Deployment("vLLM", f">= {first}", "vllm serve .", f"older releases refuse it; {_HUMMING}"))
         rows.append(Deployment("SGLang", ">= 0.5.21", _sglang("--quantization humming"), _HUMMING))
     if len({(quant.bits, quant.group_size) for quant in checkpoint.modules.values()}) > 1:
-        return [*rows, Deployment("transformers", "up to 5.23", "export native or dense", _ONE_KIND)]
+        rows.append(Deployment("transformers", "up to 5.23", "", _ONE_KIND))
+        return where_merged(checkpoint, rows)
     how = "quantization_config=CompressedTensorsConfig(dequantize=True)"
     rows.append(
         Deployment(
@@ -91,12 +112,12 @@ def compressed_tensors(checkpoint: PackedCheckpoint, *, symmetric: bool) -> list
             "the default load fails for asymmetric weights" if not symmetric else "",
         )
     )
-    return rows
+    return where_merged(checkpoint, rows)
 
 
 def gguf(file_name: str, types: set[str]) -> list[Deployment]:
     """Rows for GGUF, by the block types in the file."""
-    releases = "that know this architecture and tokenizer"
+    releases = "all that know the architecture"
     if "Q2_0" in types:
         releases = "June 2026 and later on a CPU, July 2026 on a GPU (Q2_0)"
     run = f"llama-cli -m {file_name} -p Hello"
@@ -104,7 +125,7 @@ def gguf(file_name: str, types: set[str]) -> list[Deployment]:
     return [
         Deployment("llama.cpp", releases, run, "CPU, Metal, Vulkan, CUDA"),
         Deployment("llama.cpp server", releases, f"llama-server -m {file_name}", "OpenAI-compatible"),
-        Deployment("Ollama", "with such a llama.cpp", modelfile),
+        Deployment("Ollama", "with such a llama.cpp", modelfile, "from the folder of the file"),
     ]
 
 

@@ -53,6 +53,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
         raise missing_extra("gguf", "gguf")
     import gguf
 
+    checkpoint = gguf_model.with_defaults(checkpoint)
     source.survey(checkpoint)
     types = block_types(checkpoint, options.gguf_type)
     plan = list(_plan(checkpoint, types, options))
@@ -75,7 +76,11 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
 
 def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
     """Parse the file with our own reader and compare integers; then gguf-py and llama.cpp where installed."""
+    checkpoint = gguf_model.with_defaults(checkpoint)
     found = compare_file(checkpoint, out / FILE, embedding=options.gguf_embedding)
+    longest, limit = checkpoint.config["max_position_embeddings"], gguf_model.context_length(checkpoint.config)
+    if limit < longest:
+        found = found.with_note(f"context limited to {limit} of {longest}: llama.cpp has no sliding window here")
     return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 

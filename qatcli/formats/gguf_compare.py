@@ -17,6 +17,8 @@ from qatcli.errors import InputError
 from qatcli.formats import source
 from qatcli.formats.compare import READER, Tally
 from qatcli.formats.contract import Verification
+from qatcli.formats.gguf_metadata import metadata_differences
+from qatcli.formats.gguf_model import rope_factors
 from qatcli.formats.gguf_readback import Decoded, GgufFile, decode, open_gguf
 from qatcli.packed import PackedCheckpoint
 
@@ -39,6 +41,7 @@ _GEMMA_LEAVES = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_ROPE = "rope_freqs.weight"  # equal to transformers' own factors by tests/qatcli/formats/test_gguf.py
 
 
 def compare_file(checkpoint: PackedCheckpoint, file: Path, *, embedding: str) -> Verification:
@@ -49,7 +52,7 @@ def compare_file(checkpoint: PackedCheckpoint, file: Path, *, embedding: str) ->
     except InputError as error:
         tally.others.append(error.message)
         return tally.verification("gguf")
-    expected_names = {"rope_freqs.weight"}
+    expected_names: set[str] = set()
     for name in checkpoint.modules:
         expected_names.add(_compare_linear(checkpoint, name, found, tally))
     biases = [name + ".bias" for name in checkpoint.modules if name + ".bias" in checkpoint.shards]
@@ -58,8 +61,13 @@ def compare_file(checkpoint: PackedCheckpoint, file: Path, *, embedding: str) ->
         expected_names.add(target)
         difference = _dense_difference(checkpoint, name, target, found, embedding)
         tally.others += [f"tensor {target} {difference}"] if difference else []
+    factors = rope_factors(checkpoint.config)
+    if factors is not None:
+        expected_names.add(_ROPE)
+        if _ROPE not in found.tensors or found.rows(_ROPE).tobytes() != factors.tobytes():
+            tally.others.append(f"tensor {_ROPE} is missing or not what the config says")
     tally.others += [f"tensor {name} is unexpected" for name in found.tensors if name not in expected_names]
-    tally.others += _metadata_differences(checkpoint, found)
+    tally.others += metadata_differences(checkpoint, found)
     notes = [f"block types: {', '.join(sorted({entry.type_name for entry in found.tensors.values()}))}"]
     return tally.verification("gguf", verifier=READER, notes=notes)
 
@@ -167,23 +175,3 @@ def _is_eight_bit_rounding(found: Decoded, tensor: NDArray[np.float32]) -> bool:
     largest = np.abs(tensor).reshape(len(tensor), -1, 32).max(axis=-1)
     value = found.levels * np.repeat(found.scale, 32, axis=1)
     return bool(np.all(np.abs(value - tensor) <= np.repeat(0.75 * largest / 127, 32, axis=1) + 1e-7))
-
-
-def _metadata_differences(checkpoint: PackedCheckpoint, found: GgufFile) -> list[str]:
-    config, kind = checkpoint.config, found.fields.get("general.architecture")
-    wanted = {
-        f"{kind}.block_count": config["num_hidden_layers"],
-        f"{kind}.embedding_length": config["hidden_size"],
-        f"{kind}.feed_forward_length": config["intermediate_size"],
-        f"{kind}.attention.head_count": config["num_attention_heads"],
-        f"{kind}.vocab_size": config["vocab_size"],
-    }
-    differences = [
-        f"{key} is {found.fields.get(key)} instead of {value}"
-        for key, value in wanted.items()
-        if found.fields.get(key) != value
-    ]
-    tokens = found.fields.get("tokenizer.ggml.tokens", [])
-    if len(tokens) != config["vocab_size"]:
-        differences.append(f"the file has {len(tokens)} tokens instead of {config['vocab_size']}")
-    return differences

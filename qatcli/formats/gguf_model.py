@@ -8,25 +8,43 @@ columns: moving whole rows of codes, zero points and scales is exact. Source: ll
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qatcli.errors import QatError
+from qatcli.formats.source import base_config
 from qatcli.packed import PackedCheckpoint
 
+# What llama.cpp takes where the file, as written here, says nothing of it.
+_ROPE_DEFAULTS = {
+    "attention_factor": None,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "truncate": True,
+    "partial_rotary_factor": 1,
+}
 _HINT = "export another format, or convert the dense export with llama.cpp's own converter"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """llama.cpp's name; whether q and k rows are interleaved; what is added to norm weights (Gemma stores w - 1)."""
+    """One architecture of llama.cpp.
+
+    name         what llama.cpp calls it
+    interleaved  whether q and k rows are interleaved
+    norm_offset  what is added to norm weights (Gemma stores w - 1)
+    activation   the one function llama.cpp has there, whatever the file says
+    """
 
     name: str
     interleaved: bool = False
     norm_offset: float = 0.0
+    activation: str = "silu"
 
 
 ARCHITECTURES = {
@@ -34,7 +52,7 @@ ARCHITECTURES = {
     "mistral": Architecture("llama", interleaved=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
-    "gemma3_text": Architecture("gemma3", norm_offset=1.0),
+    "gemma3_text": Architecture("gemma3", norm_offset=1.0, activation="gelu_pytorch_tanh"),
 }
 
 
@@ -44,6 +62,38 @@ def architecture(checkpoint: PackedCheckpoint) -> Architecture:
     if kind not in ARCHITECTURES:
         raise QatError(f"GGUF export knows {', '.join(ARCHITECTURES)}, not {kind}", hint=_HINT)
     return ARCHITECTURES[kind]
+
+
+def with_defaults(checkpoint: PackedCheckpoint) -> PackedCheckpoint:
+    """The checkpoint with every key of its config: a config.json may leave out what is its class's default.
+
+    QatError for a model that llama.cpp would load and compute otherwise than transformers does.
+    """
+    from transformers import AutoConfig
+
+    row = architecture(checkpoint)
+    full = AutoConfig.for_model(**base_config(checkpoint)).to_dict()
+    config = {**full, **checkpoint.config}
+    activation = config.get("hidden_activation") or config["hidden_act"]
+    rope = rope_parameters(config)
+    lost = {key: rope[key] for key, default in _ROPE_DEFAULTS.items() if rope.get(key) not in (None, default)}
+    if activation != row.activation:
+        raise QatError(f"llama.cpp computes {row.name} with {row.activation}, this model has {activation}", hint=_HINT)
+    if lost:
+        raise QatError(f"GGUF export does not carry these settings of the rotary embedding: {lost}", hint=_HINT)
+    return replace(checkpoint, config=config)
+
+
+def context_length(config: dict[str, Any]) -> int:
+    """The longest context in which llama.cpp computes what transformers does.
+
+    Its llama and qwen attend to everything: a model with a sliding window is another one beyond the window.
+    """
+    longest = int(config["max_position_embeddings"])
+    window = config.get("sliding_window")
+    if window is None or config["model_type"] not in ("mistral", "qwen2", "qwen3"):
+        return longest
+    return min(longest, int(window)) if config.get("use_sliding_window", True) else longest
 
 
 def head_dim(config: dict[str, Any]) -> int:
@@ -74,7 +124,7 @@ def add_metadata(writer: Any, checkpoint: PackedCheckpoint) -> None:
     writer.add_name(str(config.get("_name_or_path") or config["model_type"]).rstrip("/").rsplit("/", 1)[-1])
     writer.add_quantization_version(2)
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])

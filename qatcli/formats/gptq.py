@@ -17,18 +17,16 @@ from typing import Any
 
 from qatcli import __version__
 from qatcli.formats import deployment, readback, source
-from qatcli.formats.compare import TensorFiles, compare_directory
+from qatcli.formats.compare import Kind, Settings, TensorFiles, compare_directory
 from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.layouts import gptq as layout
 from qatcli.formats.model_directory import write_directory
 from qatcli.formats.runtimes import verify_in
-from qatcli.packed import PackedCheckpoint, read_config
+from qatcli.packed import PackedCheckpoint
 
 BITS = (2, 3, 4, 8)
 RUNTIMES = ("gptqmodel", "transformers")
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
-# vLLM and SGLang merge these linears and look the merged name up in `dynamic`.
-_MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> None:
@@ -51,7 +49,9 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
 
 def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
     """Read the integers back as the directory's own config says they are stored, then load it where installed."""
-    found = compare_directory(checkpoint, out, "gptq", partial(_read, _settings(out)), suffixes=SUFFIXES)
+    found = compare_directory(
+        checkpoint, out, "gptq", _read, declared, suffixes=SUFFIXES, settings_beside="quantize_config.json"
+    )
     return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 
@@ -106,14 +106,17 @@ def quantization_config(
 
 
 def patterns(names: Iterable[str]) -> list[str]:
-    """One anchored regular expression per parent module; a merged name is added where all of its parts are there."""
+    """One anchored regular expression per parent module.
+
+    Where all parts of a linear that vLLM and SGLang merge are there, the merged name, which they look up, is added.
+    """
     leaves: dict[str, list[str]] = defaultdict(list)
     for name in names:
         parent, _, leaf = name.rpartition(".")
         leaves[parent].append(leaf)
     found = []
     for parent, group in leaves.items():
-        group += [merged for merged, parts in _MERGED.items() if set(parts) <= set(group)]
+        group += [merged for merged, parts in deployment.MERGED.items() if set(parts) <= set(group)]
         prefix = re.escape(parent + ".") if parent else ""
         found.append(f"^{prefix}({'|'.join(map(re.escape, group))})$")
     return found
@@ -123,19 +126,23 @@ def _pack(linear: source.Arrays, *, version: int) -> layout.Arrays:
     return layout.pack_linear(linear.codes, linear.zero_point, linear.scale, bits=linear.bits, version=version)
 
 
-def _settings(out: Path) -> dict[str, Any]:
-    return dict(read_config(out).get("quantization_config") or {})
-
-
-def _read(settings: dict[str, Any], files: TensorFiles, name: str) -> readback.Triple:
-    bits = settings["bits"]
+def declared(settings: Settings, name: str) -> Kind | None:
+    """Bits and group size that GPTQ settings give a linear, as GPTQModel reads them; None where it stays dense."""
     for pattern, override in settings.get("dynamic", {}).items():
-        if pattern.startswith("+:") and re.match(pattern[2:], name):
-            bits = override["bits"]
-        if pattern.startswith("-:") and re.match(pattern[2:], name):
-            raise ValueError("the config says that it is not quantized")
+        if re.match(pattern[2:], name):
+            return None if pattern.startswith("-:") else (override["bits"], override["group_size"])
+    return settings["bits"], settings["group_size"]
+
+
+def _read(settings: Settings, files: TensorFiles, name: str) -> readback.Triple:
+    bits = (declared(settings, name) or (0, 0))[0]
+    if not bits or settings["desc_act"]:
+        raise ValueError("the settings say that it is not quantized, or in another order of columns")
     qweight, qzeros, scales, g_idx = (files.array(f"{name}.{suffix}") for suffix in SUFFIXES)
     if (g_idx != [k * len(scales) // len(g_idx) for k in range(len(g_idx))]).any():
         raise ValueError("g_idx is not in order")
-    minus_one = settings.get("checkpoint_format") == "gptq"
-    return readback.gptq(qweight, qzeros, scales, bits=bits, stored_minus_one=minus_one)
+    minus_one = settings["checkpoint_format"] == "gptq"
+    found = readback.gptq(qweight, qzeros, scales, bits=bits, stored_minus_one=minus_one)
+    if settings["sym"] and (found.zero_point != 1 << (bits - 1)).any():
+        raise ValueError("the settings say symmetric, its zero points are not in the middle")
+    return found

@@ -7,18 +7,17 @@ Format reference: docs/checkpoint-format.md.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from qatcli.formats import deployment, readback, source
-from qatcli.formats.compare import TensorFiles, compare_directory
+from qatcli.formats.compare import Kind, Settings, TensorFiles, compare_directory
 from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.layouts import compressed_tensors as layout
 from qatcli.formats.model_directory import write_directory
 from qatcli.formats.runtimes import verify_in
-from qatcli.packed import PackedCheckpoint
+from qatcli.packed import QUANT_METHOD, PackedCheckpoint
 
 BITS = (2, 3, 4, 8)
 RUNTIMES = ("transformers-native",)
@@ -42,8 +41,8 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
 
 def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
     """Compare the integers and every other tensor, then load it through plain transformers."""
-    read, dtype = partial(_read, checkpoint), getattr(torch, options.dtype)
-    found = compare_directory(checkpoint, out, "native", read, suffixes=SUFFIXES, dtype=dtype)
+    dtype = getattr(torch, options.dtype)
+    found = compare_directory(checkpoint, out, "native", _read, _declared, suffixes=SUFFIXES, dtype=dtype)
     return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 
@@ -52,7 +51,14 @@ def _pack(linear: source.Arrays) -> layout.Arrays:
     return {suffix: tensors[suffix] for suffix in SUFFIXES}
 
 
-def _read(checkpoint: PackedCheckpoint, files: TensorFiles, name: str) -> readback.Triple:
-    quant = checkpoint.modules[name]
+def _declared(settings: Settings, name: str) -> Kind | None:
+    entry = settings["modules"].get(name)
+    return entry and (entry["bits"], entry["group_size"])
+
+
+def _read(settings: Settings, files: TensorFiles, name: str) -> readback.Triple:
+    quant = settings["modules"][name]
     packed, scale, zero = (files.array(f"{name}.{suffix}") for suffix in SUFFIXES)
-    return readback.pack_quantized(packed, zero, scale, bits=quant.bits, in_features=quant.in_features)
+    if settings["quant_method"] != QUANT_METHOD or settings["scale_dtype"] != str(scale.dtype):
+        raise ValueError("the settings say another method or another type of scales")
+    return readback.pack_quantized(packed, zero, scale, bits=quant["bits"], in_features=quant["in_features"])

@@ -14,7 +14,7 @@ from typing import Any
 
 from qatcli.directory import LOG_FILE, RESUME_FILE, STAGE_FILE, adopt, write_json
 from qatcli.errors import QatError
-from qatcli.formats import FORMATS, ExportOptions, require_passed
+from qatcli.formats import FORMATS, ExportOptions, Verification, require_passed
 from qatcli.formats.card import deployments_of
 from qatcli.inputs import read_json
 from qatcli.packed import PackedCheckpoint
@@ -36,7 +36,7 @@ def run(job: Job) -> dict[str, Any]:
             _verify(job, checkpoint, written, options)
     if written.is_dir():
         adopt(written, job.out)
-    job.log.say(deployments_of(job.out))
+    job.log.say(f"{job.variant} runs in, with these commands in its folder:\n{deployments_of(job.out)}")
     own = (VERIFICATION, LOG_FILE, RESUME_FILE, STAGE_FILE)
     size = sum(file.stat().st_size for file in job.out.rglob("*") if file.is_file() and file.name not in own)
     metrics: dict[str, Any] = {"format": job.variant, "bytes": size, "verified": job.recipe.export.verify}
@@ -48,7 +48,11 @@ def run(job: Job) -> dict[str, Any]:
 
 def _verify(job: Job, checkpoint: PackedCheckpoint, written: Path, options: ExportOptions) -> None:
     """Write verify.json, or remove what was written and raise VerificationError."""
+    runtimes = FORMATS[job.variant].runtimes if options.runtimes else ()
+    job.log.say(f"{job.variant}: written; reading it back{f', then in {_listed(runtimes)}' if runtimes else ''}")
     verification = FORMATS[job.variant].verify(checkpoint, written, options)
+    if not options.runtimes:
+        verification = verification.with_note("not loaded in any library: export.runtimes is false")
     for note in verification.notes:
         job.log.say(f"{job.variant}: {note}")
     try:
@@ -58,6 +62,20 @@ def _verify(job: Job, checkpoint: PackedCheckpoint, written: Path, options: Expo
         shutil.rmtree(written)
         raise
     write_json(job.out / VERIFICATION, verification.to_json())
+    job.log.say(f"{job.variant}: verified, {summary(verification)}")
+
+
+def summary(verification: Verification) -> str:
+    """One line about a verification that passed: what is equal, by whose reading, and how far logits are apart."""
+    line = f"{verification.modules} linears have equal codes, zero points and scales, read by {verification.verifier}"
+    if verification.max_logit_difference is None:
+        return line
+    largest, allowed = verification.max_logit_difference, verification.logit_tolerance
+    return f"{line}; logits differ by at most {largest:.3g}, {allowed:.3g} is allowed"
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return " and ".join(names)
 
 
 def export_options(section: ExportSection) -> ExportOptions:

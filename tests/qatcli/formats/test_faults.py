@@ -17,8 +17,6 @@ Packed = Callable[..., PackedCheckpoint]
 OPTIONS = ExportOptions(runtimes=False, awq_promote=True)
 ALL = ("flipped bit", "zero points off by one", "swapped nibbles")
 CASES = [(name, bits) for name, row in FORMATS.items() for bits in row.bits]
-# What a format lacks: dense weights are no nibbles, and BitBLAS carries 8 bits only without zero points of their own.
-SYMMETRIC = {("bitblas", 8)}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +41,7 @@ def test_all_faults_are_tested(faults: ModuleType) -> None:
 def test_fault_is_caught_where_it_is(
     packed: Packed, tmp_path: Path, faults: ModuleType, name: str, bits: int, fault: str
 ) -> None:
-    checkpoint = packed(bits, symmetric=(name, bits) in SYMMETRIC)
+    checkpoint = packed(bits)
     FORMATS[name].write(checkpoint, tmp_path / "out", OPTIONS)
 
     def verified() -> Verification:

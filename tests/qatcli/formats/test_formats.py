@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +27,7 @@ def _options(name: str, bits: int) -> ExportOptions:
     return PROMOTED if name == "awq" and bits < 4 else INTEGERS_ONLY
 
 
-CASES = [
-    (name, bits, symmetric)
-    for name, row in FORMATS.items()
-    for bits in row.bits
-    for symmetric in (False, True)
-    if not (name == "bitblas" and bits == 8 and not symmetric)
-]
+CASES = [(name, bits, symmetric) for name, row in FORMATS.items() for bits in row.bits for symmetric in (False, True)]
 
 
 @pytest.mark.parametrize(("name", "bits", "symmetric"), CASES)
@@ -91,9 +86,11 @@ def test_gptq_version_follows_the_zero_points(packed: Packed, tmp_path: Path) ->
 
 def test_mixed_bits_and_skipped_linears_are_declared(packed: Packed, tmp_path: Path) -> None:
     checkpoint = packed(2, kinds={"layers.1.mlp.down_proj": (4, 32)}, skip=("layers.0.self_attn",))
-    for name in ("gptq", "compressed-tensors", "bitblas"):
+    for name in ("gptq", "compressed-tensors"):
         FORMATS[name].write(checkpoint, tmp_path / name, INTEGERS_ONLY)
         assert FORMATS[name].verify(checkpoint, tmp_path / name, INTEGERS_ONLY).passed
+    with pytest.raises(QatError, match=r"same bits and group size, here \(2, 32\).*down_proj \(4, 32\)"):
+        FORMATS["bitblas"].write(checkpoint, tmp_path / "bitblas", INTEGERS_ONLY)
     dynamic = json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())["dynamic"]
     assert dynamic == {
         r"+:^model\.layers\.1\.mlp\.(down_proj)$": {"bits": 4, "group_size": 32},
@@ -139,9 +136,16 @@ def test_sizes_that_are_no_multiple_of_32_are_refused_by_name(
     assert FORMATS["compressed-tensors"].verify(checkpoint, tmp_path / "ct", INTEGERS_ONLY).passed
 
 
-def test_bitblas_refuses_asymmetric_8_bits_and_writes_both_zero_names(packed: Packed, tmp_path: Path) -> None:
-    with pytest.raises(QatError, match="8-bit"):
-        FORMATS["bitblas"].write(packed(8), tmp_path / "out", INTEGERS_ONLY)
+def test_bitblas_takes_3_and_4_bits_together_and_skipped_linears(packed: Packed, tmp_path: Path) -> None:
+    checkpoint = packed(3, kinds={"mlp.down_proj": (4, 32)}, skip=("layers.0.self_attn",))
+    FORMATS["bitblas"].write(checkpoint, tmp_path / "out", INTEGERS_ONLY)
+    assert FORMATS["bitblas"].verify(checkpoint, tmp_path / "out", INTEGERS_ONLY).passed
+    settings = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert settings["bits"] == 4
+    assert list(settings["dynamic"]) == [r"-:^model\.layers\.0\.self_attn\.(q_proj|k_proj|v_proj|o_proj|qkv_proj)$"]
+
+
+def test_bitblas_writes_both_zero_names(packed: Packed, tmp_path: Path) -> None:
     options = ExportOptions(runtimes=False, bitblas_zeros="zeros")
     FORMATS["bitblas"].write(packed(2), tmp_path / "out", options)
     assert FORMATS["bitblas"].verify(packed(2), tmp_path / "out", options).passed
@@ -194,6 +198,95 @@ def test_wrong_version_in_the_config_is_caught(packed: Packed, tmp_path: Path) -
     assert not verification.zero_points_equal
 
 
+def _lie(settings: dict[str, object], path: tuple[object, ...], value: object) -> None:
+    for key in path[:-1]:
+        settings = next(iter(settings.values())) if key is FIRST else settings[key]  # type: ignore[assignment,index]
+    settings[path[-1]] = value  # type: ignore[index]
+
+
+FIRST = object()
+LIES = [
+    ("gptq", ("bits",), 4),
+    ("gptq", ("group_size",), 64),
+    ("gptq", ("sym",), True),
+    ("gptq", ("desc_act",), True),
+    ("gptq", ("dynamic",), {"-:.*mlp.*": {}}),
+    ("gptq", ("dynamic",), {}),
+    ("bitblas", ("bits",), 4),
+    ("bitblas", ("checkpoint_format",), "gptq"),
+    ("awq", ("bits",), 8),
+    ("awq", ("group_size",), 64),
+    ("awq", ("version",), "gemv"),
+    ("awq", ("zero_point",), False),
+    ("awq", ("modules_to_not_convert",), None),
+    ("awq", ("modules_to_not_convert",), ["self_attn"]),
+    ("compressed-tensors", ("config_groups", FIRST, "weights", "num_bits"), 4),
+    ("compressed-tensors", ("config_groups", FIRST, "weights", "group_size"), 64),
+    ("compressed-tensors", ("config_groups", FIRST, "weights", "symmetric"), True),
+    ("compressed-tensors", ("ignore",), ["lm_head"]),
+    ("compressed-tensors", ("format",), "naive-quantized"),
+    ("native", ("modules", FIRST, "bits"), 4),
+    ("native", ("modules", FIRST, "group_size"), 64),
+    ("native", ("scale_dtype",), "float32"),
+    ("native", ("modules",), {}),
+    ("dense", ("quant_method",), "gptq"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value"), LIES)
+def test_settings_that_lie_are_caught(
+    packed: Packed, tmp_path: Path, name: str, path: tuple[object, ...], value: object
+) -> None:
+    checkpoint = packed(2, skip=("layers.0.self_attn",))
+    FORMATS[name].write(checkpoint, tmp_path / "out", PROMOTED)
+    files = [tmp_path / "out" / "config.json"]
+    if name in ("gptq", "bitblas"):
+        files.append(tmp_path / "out" / "quantize_config.json")
+    for file in files:
+        content = json.loads(file.read_text())
+        settings = content.setdefault("quantization_config", {}) if file.name == "config.json" else content
+        _lie(settings, path, value)
+        file.write_text(json.dumps(content))
+    verification = FORMATS[name].verify(checkpoint, tmp_path / "out", PROMOTED)
+    assert not verification.passed
+    assert verification.differences
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+def test_damage_to_any_other_file_is_caught(packed: Packed, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    FORMATS[name].write(packed(4), out, INTEGERS_ONLY)
+    files = [file for file in out.iterdir() if file.suffix == ".json"]
+    assert {"config.json", "tokenizer.json"} <= {file.name for file in files}
+    for file in files:
+        good = file.read_bytes()
+        middle = len(good) // 2
+        for bad in (None, b"", good[:middle], good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]):
+            if bad is None:
+                file.unlink()
+            else:
+                file.write_bytes(bad)
+            differences = FORMATS[name].verify(packed(4), out, INTEGERS_ONLY).differences
+            assert any(file.name in difference for difference in differences), file.name
+        file.write_bytes(good)
+    assert FORMATS[name].verify(packed(4), out, INTEGERS_ONLY).passed
+
+
+def test_settings_beside_must_be_those_of_the_config(packed: Packed, tmp_path: Path) -> None:
+    FORMATS["gptq"].write(packed(4), tmp_path / "out", INTEGERS_ONLY)
+    file = tmp_path / "out" / "quantize_config.json"  # which GPTQModel reads first
+    file.write_text(file.read_text().replace("gptq_v2", "gptq"))
+    assert FORMATS["gptq"].verify(packed(4), tmp_path / "out", INTEGERS_ONLY).differences == (
+        "quantize_config.json differs from the quantization_config in config.json",
+    )
+
+
+def test_other_users_may_read_what_their_folder_lets_them(packed: Packed, tmp_path: Path) -> None:
+    FORMATS["gptq"].write(packed(4), tmp_path / "out", INTEGERS_ONLY)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 @pytest.mark.parametrize("name", SAFETENSORS)
 def test_missing_and_unexpected_tensors_are_caught(packed: Packed, tmp_path: Path, name: str) -> None:
     FORMATS[name].write(packed(4), tmp_path / "out", INTEGERS_ONLY)
@@ -212,15 +305,23 @@ def test_truncated_file_is_a_difference_not_a_crash(packed: Packed, tmp_path: Pa
     assert not FORMATS["gptq"].verify(packed(2), tmp_path / "out", INTEGERS_ONLY).passed
 
 
-def test_nothing_is_left_when_writing_fails(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-
+@pytest.mark.parametrize(
+    ("name", "function", "error"),
+    [
+        ("gptq", "qatcli.shards.save_file", OSError(errno.ENOSPC, "No space left on device")),
+        ("gguf", "gguf.GGUFWriter.write_tensor_data", OSError("Not enough free space to write 64 bytes")),
+        ("gguf", "gguf.GGUFWriter.write_tensor_data", OSError("64 requested and 7 written")),
+    ],
+)
+def test_nothing_is_left_when_the_disk_is_full(
+    packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, function: str, error: OSError
+) -> None:
     def no_space(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
-    monkeypatch.setattr("qatcli.shards.save_file", no_space)
+    monkeypatch.setattr(function, no_space)
     with pytest.raises(ResourceError, match="no space left"):
-        FORMATS["gptq"].write(packed(2), tmp_path / "out", INTEGERS_ONLY)
+        FORMATS[name].write(packed(2), tmp_path / "out", INTEGERS_ONLY)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import transformers
 
 from qatcli.errors import QatError
-from qatcli.formats import FORMATS, ExportOptions, gguf_model, gguf_tokenizer, source
+from qatcli.formats import FORMATS, ExportOptions, gguf_model, source
 from qatcli.formats.gguf_readback import GgufFile, open_gguf
 from qatcli.formats.runtimes import run
 from qatcli.formats.runtimes.reference import reference
@@ -222,6 +221,18 @@ def test_gemma3_with_another_attention_scale_is_refused(
         FORMATS["gguf"].write(other, tmp_path / "out", OPTIONS)
 
 
+def test_a_sliding_window_limits_the_context(model_of: Callable[[str], PackedCheckpoint], tmp_path: Path) -> None:
+    """llama.cpp attends to everything: within the window that is the same model."""
+    checkpoint = model_of("mistral")
+    narrow = replace(checkpoint, config={**checkpoint.config, "sliding_window": 32})
+    for number, (case, expected) in enumerate(((checkpoint, 128), (narrow, 32))):
+        out = tmp_path / str(number)
+        FORMATS["gguf"].write(case, out, OPTIONS)
+        assert open_gguf(out / "model.gguf").fields["llama.context_length"] == expected
+        notes = FORMATS["gguf"].verify(case, out, OPTIONS).notes
+        assert any("context limited to 32 of 128" in note for note in notes) == (expected == 32)
+
+
 def _overwrite(file: GgufFile, tensor: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
     entry, rows = file.tensors[tensor], file.rows(tensor)
     with open(file.path, "r+b") as handle:
@@ -300,6 +311,14 @@ def test_fault_outside_the_linears_is_caught(packed: Packed, tmp_path: Path) -> 
     )
 
 
+def test_rope_factors_that_are_wrong_are_caught(model_of: Callable[[str], PackedCheckpoint], tmp_path: Path) -> None:
+    FORMATS["gguf"].write(model_of("llama"), tmp_path / "out", OPTIONS)
+    _overwrite(open_gguf(tmp_path / "out" / "model.gguf"), "rope_freqs.weight", lambda rows: rows ^ 1)
+    assert FORMATS["gguf"].verify(model_of("llama"), tmp_path / "out", OPTIONS).differences == (
+        "tensor rope_freqs.weight is missing or not what the config says",
+    )
+
+
 def test_row_order_moves_whole_rows_of_q_and_k_only(packed: Packed) -> None:
     checkpoint = packed(2)
     order = gguf_model.row_order(checkpoint, "model.layers.0.self_attn.q_proj.weight")
@@ -318,57 +337,6 @@ def test_llama3_rope_factors_are_transformers_own() -> None:
     factors = gguf_model.rope_factors(config.to_dict())
     assert factors is not None
     np.testing.assert_allclose(factors, (plain / scaled).numpy(), rtol=1e-5)
-
-
-def test_unknown_rope_scaling_is_refused(packed: Packed, tmp_path: Path) -> None:
-    checkpoint = packed(2)
-    rope = {"rope_type": "longrope", "rope_theta": 1e4}
-    other = replace(checkpoint, config={**checkpoint.config, "rope_parameters": rope})
-    with pytest.raises(QatError, match="longrope"):
-        FORMATS["gguf"].write(other, tmp_path / "out", OPTIONS)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_byte_level_tokenizer_metadata(packed: Packed, tmp_path: Path) -> None:
-    FORMATS["gguf"].write(packed(2), tmp_path / "out", OPTIONS)
-    fields = open_gguf(tmp_path / "out" / "model.gguf").fields
-    assert fields["tokenizer.ggml.model"] == "gpt2"
-    assert fields["tokenizer.ggml.pre"] == "gpt-2"
-    assert fields["tokenizer.ggml.tokens"][:2] == ["<s>", "</s>"]
-    assert len(fields["tokenizer.ggml.tokens"]) == 258
-    assert fields["tokenizer.ggml.token_type"][:3] == [3, 3, 1]
-    assert fields["tokenizer.ggml.bos_token_id"] == 0
-    assert fields["tokenizer.ggml.eos_token_id"] == 1
-    assert fields["tokenizer.ggml.add_bos_token"] is True
-
-
-def test_text_splits_have_llama_cpps_names() -> None:
-    digits = {"type": "Digits", "individual_digits": True}
-    words = {"type": "ByteLevel", "use_regex": True}
-    plain = {"type": "ByteLevel", "use_regex": False}
-    qwen = next(key[0] for key, name in gguf_tokenizer.PRE_TOKENIZERS.items() if name == "qwen2")
-    split = {"type": "Split", "pattern": {"Regex": qwen}}
-    assert gguf_tokenizer.pre_tokenizer_name({"type": "Sequence", "pretokenizers": [digits, words]}) == "smollm"
-    assert gguf_tokenizer.pre_tokenizer_name({"type": "Sequence", "pretokenizers": [split, plain]}) == "qwen2"
-    assert gguf_tokenizer.pre_tokenizer_name(words) == "gpt-2"
-    unknown = {"type": "Split", "pattern": {"Regex": r"\w+"}}
-    with pytest.raises(QatError, match="text splits"):
-        gguf_tokenizer.pre_tokenizer_name({"type": "Sequence", "pretokenizers": [unknown, plain]})
-
-
-def test_token_list_pads_and_refuses(packed: Packed) -> None:
-    content = json.loads((packed(2).path / "tokenizer.json").read_text())
-    tokens, types = gguf_tokenizer.token_list(content, 260)
-    assert tokens[258:] == ["[PAD258]", "[PAD259]"]
-    assert types[258:] == [5, 5]
-    with pytest.raises(QatError, match="ids up to 257, the model 200"):
-        gguf_tokenizer.token_list(content, 200)
-
-
-def test_sentencepiece_scores_keep_the_order_of_merges() -> None:
-    tokens = ["<unk>", "a", "b", "ab", "aba"]
-    scores = gguf_tokenizer.scores(tokens, [["a", "b"], ["ab", "a"]])
-    assert scores[3] > scores[4] > scores[1] == scores[2]
 
 
 def test_linears_with_a_bias_keep_it(model_of: Callable[[str], PackedCheckpoint], tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""The key-value part of a GGUF file against the checkpoint: a wrong value would change what the model does.
+
+Written from the model's config and the tokenizer library, not from the writer (`gguf_model`, `gguf_tokenizer`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from qatcli.formats.gguf_readback import GgufFile
+from qatcli.formats.gguf_tokenizer import load_tokenizer
+from qatcli.packed import PackedCheckpoint
+
+_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_CONTROL, _UNKNOWN = 3, 2
+
+
+def metadata_differences(checkpoint: PackedCheckpoint, found: GgufFile) -> Iterator[str]:
+    """What the file says of architecture and tokenizer and should not."""
+    config = checkpoint.config
+    kind = _ARCHITECTURES.get(config["model_type"], config["model_type"])
+    wanted = {"general.architecture": kind, **{f"{kind}.{key}": value for key, value in _numbers(config).items()}}
+    yield from _wrong(found.fields, wanted)
+    yield from _tokenizer_differences(checkpoint, found.fields)
+
+
+def _numbers(config: dict[str, Any]) -> dict[str, Any]:
+    """Keys below the architecture's name."""
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rope = config["rope_parameters"]
+    rope = rope.get("full_attention", rope)
+    numbers = {
+        "block_count": config["num_hidden_layers"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "attention.layer_norm_rms_epsilon": np.float32(config["rms_norm_eps"]),
+        "rope.dimension_count": head,
+        "rope.freq_base": np.float32(rope["rope_theta"]),
+        "vocab_size": config["vocab_size"],
+    }
+    if rope.get("rope_type") in ("linear", "yarn"):
+        numbers |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": np.float32(rope["factor"])}
+    return numbers
+
+
+def _tokenizer_differences(checkpoint: PackedCheckpoint, fields: dict[str, Any]) -> Iterator[str]:
+    tokenizer, size = load_tokenizer(checkpoint.path), checkpoint.config["vocab_size"]
+    tokens, types = (fields.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
+    if not len(tokens) == len(types) == size:
+        yield f"the file has {len(tokens)} tokens and {len(types)} types of tokens instead of {size}"
+        return
+    texts = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
+    wrong = [i for i, text in enumerate(texts) if text is not None and text != tokens[i]]
+    special = [i for i in tokenizer.all_special_ids if types[i] not in (_CONTROL, _UNKNOWN)]
+    if wrong or special:
+        yield f"{len(wrong)} tokens differ from the tokenizer's and {len(special)} special ones are not marked so"
+    wanted = {f"{name}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind, name in _SPECIAL.items()}
+    if isinstance(tokenizer.chat_template, str):
+        wanted["chat_template"] = tokenizer.chat_template
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if not model.get("byte_fallback") and model["merges"]:
+        merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+        wanted["merges"] = list(merges)
+    yield from _wrong(fields, {f"tokenizer.{_group(key)}": value for key, value in wanted.items() if value is not None})
+
+
+def _group(key: str) -> str:
+    return key if key == "chat_template" else f"ggml.{key}"
+
+
+def _wrong(fields: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
+    for key, value in wanted.items():
+        there = fields.get(key)
+        if there != value:
+            long = isinstance(value, list) or len(str(value)) > 40
+            yield f"{key} differs from its source" if long else f"{key} is {there} instead of {value}"
