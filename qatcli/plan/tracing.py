@@ -138,7 +138,9 @@ class TracedPackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
         grid = (self.packed, self.scale, self.zero_point)
-        y: Tensor = QuantizedMatmul.apply(x, *grid, self.quant.bits, self.quant.group_size, SHAPES)
+        x_MK = x.reshape(-1, x.shape[-1])
+        y: Tensor = QuantizedMatmul.apply(x_MK, *grid, self.quant.bits, self.quant.group_size, SHAPES)
+        y = y.view(*x.shape[:-1], y.shape[1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -156,8 +158,16 @@ def _matrix(packed: Tensor, *_: Tensor, in_features: int, dtype: torch.dtype, **
     return torch.empty(packed.shape[0], in_features, dtype=dtype)
 
 
+def _times_weight(x: Tensor, packed: Tensor, *_: Tensor, **_shape: int) -> Tensor:
+    return F.linear(x, _matrix(packed, in_features=x.shape[1], dtype=x.dtype))
+
+
+def _input_grad(grad_out: Tensor, packed: Tensor, *_: Tensor, in_features: int, **_shape: int) -> Tensor:
+    return grad_out @ _matrix(packed, in_features=in_features, dtype=grad_out.dtype)
+
+
 def _unused(*_: Any, **_options: Any) -> Any:
-    raise AssertionError("no pass of a block packs or quantizes")
+    raise AssertionError("no pass of a block calls this")
 
 
 SHAPES = Backend(
@@ -166,6 +176,8 @@ SHAPES = Backend(
     quantize=_unused,
     pack=_unused,
     unpack=_unused,
-    dequantize=_matrix,
+    dequantize=_unused,
+    quantized_matmul=_times_weight,
+    input_grad=_input_grad,
     scale_grad=lambda _grad, _x, _packed, zero_point, **_shape: torch.empty_like(zero_point, dtype=torch.float32),
 )
