@@ -15,7 +15,7 @@ from qat_kernels import checks
 from qat_kernels.autograd import FakeQuant, QuantizedMatmul
 from qat_kernels.dispatch import backend_for
 
-__all__ = ["dequantize", "fake_quant", "pack", "quantize", "quantized_matmul", "scale_grad", "unpack"]
+__all__ = ["dequantize", "fake_quant", "pack", "prepare", "quantize", "quantized_matmul", "scale_grad", "unpack"]
 
 
 def fake_quant(
@@ -124,6 +124,23 @@ def dequantize(
         )
 
 
+def prepare(packed: Tensor, *, bits: int, group_size: int, in_features: int) -> Tensor | None:
+    """The codes of `dequantize` in the layout that `quantized_matmul` reads fastest on this device for a few rows of x.
+
+    Costs at most about the memory of packed, which is still needed. Made once by whoever keeps packed; it follows from
+    packed alone and is never stored in a checkpoint. None where nothing is faster than the packed codes themselves.
+
+    Raises:
+        ValueError: a width, group size, shape or dtype that does not fit.
+    """
+    checks.check_bits(bits)
+    checks.check_groups(in_features, group_size)
+    checks.check_matrix("packed", packed, (torch.int32,))
+    checks.check_width("packed", packed, in_features, bits)
+    with torch.no_grad():
+        return backend_for(packed).prepare(packed, bits=bits, group_size=group_size, in_features=in_features)
+
+
 def quantized_matmul(
     x: Tensor,
     packed: Tensor,
@@ -133,6 +150,7 @@ def quantized_matmul(
     bits: int,
     group_size: int,
     bias: Tensor | None = None,
+    prepared: Tensor | None = None,
 ) -> Tensor:
     """A linear layer over packed weights: x W^T + bias, differentiable in x, scale and bias.
 
@@ -144,6 +162,7 @@ def quantized_matmul(
         packed, scale, zero_point, bits, group_size: the weight, as for `dequantize`. packed and zero_point are
             constants.
         bias: [N] or None.
+        prepared: what `prepare` gave for packed, or None.
 
     Returns:
         [..., N] in the dtype of x (under autocast, in the autocast dtype).
@@ -161,7 +180,7 @@ def quantized_matmul(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     backend = backend_for(x)
     x_MK = x.reshape(-1, x.shape[-1])
-    y: Tensor = QuantizedMatmul.apply(x_MK, packed, scale, zero_point, bits, group_size, backend)
+    y: Tensor = QuantizedMatmul.apply(x_MK, packed, scale, zero_point, bits, group_size, backend, prepared)
     y = y.view(*x.shape[:-1], y.shape[1])
     return y if bias is None else y + bias.to(y.dtype)
 

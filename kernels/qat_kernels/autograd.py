@@ -51,11 +51,14 @@ class QuantizedMatmul(torch.autograd.Function):
         bits: int,
         group_size: int,
         backend: Backend,
+        prepared: Tensor | None = None,
     ) -> Tensor:
         x_for_scale = x if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(x_for_scale, packed, scale, zero_point)
         ctx.bits, ctx.group_size, ctx.backend, ctx.in_features = bits, group_size, backend, x.shape[1]
-        return backend.quantized_matmul(x, packed, scale, zero_point, bits=bits, group_size=group_size)
+        return backend.quantized_matmul(
+            x, packed, scale, zero_point, bits=bits, group_size=group_size, prepared=prepared
+        )
 
     @staticmethod
     @once_differentiable
@@ -68,4 +71,4 @@ class QuantizedMatmul(torch.autograd.Function):
                 d_x = ctx.backend.input_grad(grad_out, packed, scale, zero_point, **grid, in_features=ctx.in_features)
             if ctx.needs_input_grad[2]:
                 d_scale = ctx.backend.scale_grad(grad_out, x, packed, zero_point, **grid).to(scale.dtype)
-        return d_x, None, d_scale, None, None, None, None
+        return d_x, None, d_scale, None, None, None, None, None

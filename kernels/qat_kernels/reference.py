@@ -121,8 +121,20 @@ def dequantize(
     return out
 
 
+def prepare(packed: Tensor, *, bits: int, group_size: int, in_features: int) -> Tensor | None:
+    """No run-time layout: the reference reads the checkpoint's."""
+    return None
+
+
 def quantized_matmul(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    prepared: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T [M, N] in the dtype of x [M, K], over W in that dtype."""
     weight = dequantize(
