@@ -25,10 +25,10 @@ class Backend:
     pack: Callable[..., Tensor]
     unpack: Callable[..., Tensor]
     dequantize: Callable[..., Tensor]
-    prepare: Callable[..., Tensor | None]
     quantized_matmul: Callable[..., Tensor]
     input_grad: Callable[..., Tensor]
     scale_grad: Callable[..., Tensor]
+    prepare: Callable[..., Tensor | None] = reference.prepare
 
 
 REFERENCE = Backend(
@@ -38,7 +38,6 @@ REFERENCE = Backend(
     pack=bitstream.pack,
     unpack=bitstream.unpack,
     dequantize=reference.dequantize,
-    prepare=reference.prepare,
     quantized_matmul=reference.quantized_matmul,
     input_grad=reference.input_grad,
     scale_grad=reference.scale_grad,
@@ -76,7 +75,6 @@ def _triton_backend() -> Backend:
         pack=triton_packing.pack,
         unpack=triton_packing.unpack,
         dequantize=triton_dequantize.dequantize,
-        prepare=reference.prepare,
         quantized_matmul=reference.quantized_matmul,
         input_grad=reference.input_grad,
         scale_grad=partial(reference.scale_grad, dequantize=triton_dequantize.dequantize),
