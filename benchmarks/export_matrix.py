@@ -2,10 +2,10 @@
 
     python benchmarks/export_matrix.py TEXT PACKED_DIR... [--formats gptq,gguf] [--windows 4] [--out FOLDER]
 
-Prints two Markdown tables. One row per checkpoint, format and runtime: file size, bits per weight, integers equal to
-the checkpoint's or not, largest logit difference, perplexity as that runtime computes it, and the text it writes. Then
-one row per checkpoint and format: which injected faults verification caught. `--out` also writes them as
-export_matrix.md, .csv and .json. Every runtime has a process of its own; one that crashes is a row that says so.
+Prints two Markdown tables for each checkpoint. One row per format and runtime: file size, bits per weight, integers
+equal to the checkpoint's or not, largest logit difference, perplexity as that runtime computes it, and the text it
+writes. Then one row per format: which injected faults verification caught. `--out` also writes them as
+export_matrix_<checkpoint>.md and .json. Every runtime has a process of its own; one that crashes is a row that says so.
 Exit code 1 when anything differs or a fault is missed.
 Install what should load the exports: `pip install 'qatcli[gptq,gguf,runtimes]'`.
 """
@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
+import os
 import platform
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from export_faults import FAULTS, injected, tensor_places
 from numpy.typing import NDArray
 
@@ -57,31 +59,34 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=4, help="windows of text (default 4)")
     parser.add_argument("--context", type=int, default=256, help="tokens per window (default 256)")
     parser.add_argument("--no-faults", action="store_true", help="leave the injected faults out")
-    parser.add_argument("--out", type=Path, help="folder for export_matrix.md, .csv and .json")
+    parser.add_argument("--out", type=Path, help="folder for export_matrix_<checkpoint>.md and .json")
     arguments = parser.parse_args()
-    sheet = Sheet(conditions(arguments), arguments.out, with_faults=not arguments.no_faults)
+    failed = False
     for path in arguments.packed:
         checkpoint = PackedCheckpoint.open(path)
+        sheet = Sheet(label(path), conditions(arguments), arguments.out, with_faults=not arguments.no_faults)
         ids = load_tokenizer(path)(arguments.text.read_text(encoding="utf-8")[:200_000])["input_ids"]
         windows = np.array(ids[: arguments.windows * arguments.context]).reshape(-1, arguments.context)
         expected = reference(checkpoint)
         sheet.add(baseline(checkpoint, windows))
         for name in arguments.formats.split(","):
             measure(sheet, checkpoint, name, windows, expected)
-    sheet.print_faults()
-    return int(sheet.failed)
+        sheet.print_faults()
+        failed = failed or sheet.failed
+    return int(failed)
 
 
 class Sheet:
     """The rows so far: printed when they are added, and written to --out, so that a run cut short leaves them."""
 
-    def __init__(self, conditions: str, out: Path | None, *, with_faults: bool) -> None:
+    def __init__(self, name: str, conditions: str, out: Path | None, *, with_faults: bool) -> None:
         self.rows: list[Row] = []
         self.faults: list[Row] = []
         self.with_faults = with_faults
+        self._name = name
         self._out = out
         self._conditions = conditions
-        print(f"{self._conditions}\n\n{heading(COLUMNS)}", flush=True)
+        print(f"# Exports of {name}\n\n{conditions}\n\n{heading(COLUMNS)}", flush=True)
 
     def add(self, row: Row) -> None:
         """One row of the first table."""
@@ -111,14 +116,18 @@ class Sheet:
         self._out.mkdir(parents=True, exist_ok=True)
         first = [heading(COLUMNS), *(line(row, COLUMNS) for row in self.rows)]
         second = [heading(FAULT_COLUMNS), *(line(row, FAULT_COLUMNS) for row in self.faults)]
-        text = [self._conditions, "", *first, *(["", "Injected faults:", "", *second] if self.faults else []), ""]
-        (self._out / "export_matrix.md").write_text("\n".join(text), encoding="utf-8")
+        text = [f"# Exports of {self._name}", "", self._conditions, "", *first]
+        text += ["", "Injected faults:", "", *second] if self.faults else []
+        (self._out / f"export_matrix_{self._name}.md").write_text("\n".join([*text, ""]), encoding="utf-8")
         content = {"conditions": self._conditions, "exports": self.rows, "faults": self.faults}
-        (self._out / "export_matrix.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        with open(self._out / "export_matrix.csv", "w", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, COLUMNS, restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        file = self._out / f"export_matrix_{self._name}.json"
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def label(path: Path) -> str:
+    """The name of a checkpoint: that of its run, when it is a run's stage."""
+    path = path.absolute()
+    return path.parent.name if path.name in ("pack", "import") else path.name
 
 
 def baseline(checkpoint: PackedCheckpoint, windows: NDArray[np.int64]) -> Row:
@@ -199,12 +208,23 @@ def conditions(arguments: argparse.Namespace) -> str:
     for library in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
             found.append(f"{library} {version(library)}")
+    names = " ".join(f"{label(path)}/{path.name}" for path in arguments.packed)
+    formats = "" if arguments.formats == ",".join(FORMATS) else f" --formats {arguments.formats}"
+    command = f"{arguments.text.name} {names} --windows {arguments.windows} --context {arguments.context}{formats}"
     return (
+        f"`python benchmarks/export_matrix.py {command}` at commit {commit()}. "
         f"Perplexity: {arguments.text.name}, the first {arguments.windows} windows of {arguments.context} tokens that "
         f"do not overlap. Text: {TOKENS} greedy tokens after {PROMPT!r}. bits/weight: codes, scales and zero points of "
         f"the quantized linears as stored, over their weights. Tolerance: docs/export-formats.md. "
-        f"CPU ({platform.machine()}), Python {platform.python_version()}, {', '.join(found)}."
+        f"{os.cpu_count()} CPU cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}), "
+        f"Python {platform.python_version()}, {', '.join(found)}."
     )
+
+
+def commit() -> str:
+    """The commit of this checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def bits_per_weight(checkpoint: PackedCheckpoint, out: Path) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 from qatcli.formats import deployment, readback, source
 from qatcli.formats.compare import Settings, TensorFiles, compare_directory
 from qatcli.formats.contract import ExportOptions, Verification
-from qatcli.formats.gptq import declared, quantization_config, refuse_sizes
+from qatcli.formats.gptq import declared, quantization_config, refuse_groups, refuse_sizes
 from qatcli.formats.layouts import bitblas as layout
 from qatcli.formats.model_directory import write_directory
 from qatcli.packed import PackedCheckpoint
@@ -29,8 +29,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
     """Write the BitBLAS directory. QatError for group sizes, sizes or bits its kernel would misread."""
     source.refuse_quantized_head(checkpoint, "bitblas")
     refuse_sizes(checkpoint, "bitblas", 32)
-    groups = [f"{n} (group {q.group_size})" for n, q in checkpoint.modules.items() if q.group_size not in GROUPS]
-    source.refuse_if(groups, f"bitblas takes group sizes {list(GROUPS)}", hint="export gptq, which takes any")
+    refuse_groups(checkpoint, "bitblas", GROUPS, hint="export gptq, which takes more, or compressed-tensors")
     main = Counter(_kinds(checkpoint).values()).most_common(1)[0][0]
     others = [f"{name} {kind}" for name, kind in _kinds(checkpoint).items() if kind != main]
     source.refuse_if(

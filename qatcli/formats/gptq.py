@@ -27,12 +27,14 @@ from qatcli.packed import PackedCheckpoint
 BITS = (2, 3, 4, 8)
 RUNTIMES = ("gptqmodel", "transformers")
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)  # GPTQModel's, the one kernel that takes every number of bits
 
 
 def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> None:
     """Write the GPTQ directory. QatError for sizes that are no multiples of 32 or a quantized output head."""
     source.refuse_quantized_head(checkpoint, "gptq")
     refuse_sizes(checkpoint, "gptq", 32)
+    refuse_groups(checkpoint, "gptq", GROUPS, hint="export compressed-tensors, which takes any")
     symmetric = source.survey(checkpoint)
     config = quantization_config(checkpoint, symmetric=symmetric, layout_name="gptq" if symmetric else "gptq_v2")
     write_directory(
@@ -64,6 +66,12 @@ def refuse_sizes(checkpoint: PackedCheckpoint, format_name: str, multiple: int) 
     ]
     hint = "put them into quant.skip so that they stay dense, or export compressed-tensors, which takes any size"
     source.refuse_if(wrong, f"{format_name} needs sizes that are multiples of {multiple}", hint=hint)
+
+
+def refuse_groups(checkpoint: PackedCheckpoint, format_name: str, taken: tuple[int, ...], *, hint: str) -> None:
+    """QatError naming the linears whose group size no kernel takes."""
+    wrong = [f"{name} (group {q.group_size})" for name, q in checkpoint.modules.items() if q.group_size not in taken]
+    source.refuse_if(wrong, f"{format_name} takes group sizes {list(taken)}", hint=hint)
 
 
 def quantization_config(

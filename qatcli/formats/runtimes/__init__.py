@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,11 @@ from qatcli.packed import PackedCheckpoint, read_config
 
 PARAMETERS_AT_MOST = 3e9  # the reference computes in fp32 on the CPU
 _SECONDS = 1800
+_INTEGERS = "codes, zero points and scales were compared and are equal"
+
+
+class _Unfinished(Exception):
+    """A runtime was stopped before it could say anything of the export: it took too long, or the system ended it."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,7 @@ def verify_in(
     for name in runtimes:
         why_not = obstacle(name, checkpoint, out)
         if why_not:
-            note = f"not loaded in {name}: {why_not}; codes, zero points and scales were compared and are equal"
-            report = RuntimeReport(name, ran=False, notes=(note,))
+            report = RuntimeReport(name, ran=False, notes=(f"not loaded in {name}: {why_not}; {_INTEGERS}",))
         else:
             expected = expected or reference(checkpoint)
             report = run(name, checkpoint, out, expected)
@@ -84,7 +89,10 @@ def run(
         found, asked = Path(scratch, "found"), Path(scratch, "windows.npy")
         if windows is not None:
             np.save(asked, windows)
-        failure = _child(name, checkpoint.path, out, found, *([asked] if windows is not None else []))
+        try:
+            failure = _child(name, checkpoint.path, out, found, *([asked] if windows is not None else []))
+        except _Unfinished as error:
+            return RuntimeReport(name, ran=False, notes=(f"not loaded in {name}: {error}; {_INTEGERS}",))
         if failure:
             return RuntimeReport(name, ran=True, differences=(f"{name} failed: {failure}",))
         facts = json.loads(found.with_suffix(".json").read_text(encoding="utf-8"))
@@ -119,16 +127,21 @@ def _has_overrides(out: Path) -> bool:
 
 
 def _child(task: str, *paths: Path) -> str | None:
-    """Run one task in a process of its own; the last line of its error output when it failed."""
+    """Run one task in a process of its own; the last line of its error output when it failed.
+
+    _Unfinished when it was stopped from outside.
+    """
     command = [sys.executable, "-m", "qatcli.formats.runtimes.child", task, *map(str, paths)]
     quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return f"no answer in {_SECONDS} s"
+        raise _Unfinished(f"no answer in {_SECONDS} s") from None
     if done.returncode == 0:
         return None
+    if done.returncode == -signal.SIGKILL:  # which nothing sends to itself: as a rule there was no memory left
+        raise _Unfinished("its process was killed, probably for want of memory")
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     if done.returncode < 0:
         return f"killed by signal {-done.returncode}"

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,11 +45,14 @@ class Finding:
 Task = Callable[[PackedCheckpoint, Path], tuple[Finding, Loaded | None]]
 
 
-def in_kernels(task: str, dtype: torch.dtype, checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, Loaded]:
+def in_kernels(task: str, checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, Loaded]:
     """A runtime whose quantized linears are modules: the weights they compute with, and logits."""
     loaded = LOADERS[task](out)
-    finding = Finding(loaded.name)
-    _compare_weights(checkpoint, _weights_by_identity(loaded.model, checkpoint, dtype), finding)
+    assert loaded.weight is not None
+    finding, modules = Finding(loaded.name), dict(loaded.model.named_modules())
+    with torch.inference_mode():
+        weights = ((name, loaded.weight(modules[name]).float().numpy()) for name in checkpoint.modules)
+        _compare_weights(checkpoint, weights, finding)
     return finding, loaded
 
 
@@ -106,32 +108,14 @@ def in_llama_cpp(checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, Load
 
 
 TASKS: dict[str, Task] = {
-    "gptqmodel": lambda checkpoint, out: in_kernels("gptqmodel", torch.float16, checkpoint, out),
+    "gptqmodel": lambda checkpoint, out: in_kernels("gptqmodel", checkpoint, out),
     "transformers": lambda checkpoint, out: in_plain("transformers", checkpoint, out),
     "transformers-dense": lambda checkpoint, out: in_plain("transformers-dense", checkpoint, out),
-    "transformers-native": lambda checkpoint, out: in_kernels("transformers-native", torch.float32, checkpoint, out),
+    "transformers-native": lambda checkpoint, out: in_kernels("transformers-native", checkpoint, out),
     "compressed-tensors": in_compressed_tensors,
     "gguf": in_gguf,
     "llama.cpp": in_llama_cpp,
 }
-
-
-def _weights_by_identity(
-    model: Any, checkpoint: PackedCheckpoint, dtype: torch.dtype
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Weights as the kernel itself computes with them: the response to unit vectors, without the bias."""
-    modules = dict(model.named_modules())
-    for name, quant in checkpoint.modules.items():
-        module = modules[name]
-        bias = getattr(module, "bias", None)
-        kept = None if bias is None else bias.data.clone()
-        if bias is not None:
-            bias.data.zero_()
-        with torch.inference_mode():
-            columns = [module(rows).float() for rows in torch.eye(quant.in_features, dtype=dtype).split(1024)]
-        if bias is not None:
-            bias.data.copy_(kept)
-        yield name, torch.cat(columns).T.numpy()
 
 
 def _compare_weights(

@@ -6,7 +6,7 @@ Imported only in a child process (`child`): these libraries patch transformers w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from qat_kernels import dequantize
 from qatcli.formats.runtimes.reference import logits
 from qatcli.packed import read_config
 
@@ -26,6 +28,7 @@ class Loaded:
     name      runtime and version
     model     its own model object: a torch module, or `LlamaCpp`
     logits    token ids of one window -> logits fp32 [T, V]
+    weight    a quantized linear of the model -> the weight [N, K] it multiplies with, by the library's own code
     tokenize  text -> token ids, where the runtime has a tokenizer of its own; None: the checkpoint's
     """
 
@@ -33,6 +36,7 @@ class Loaded:
     model: Any
     logits: Callable[[list[int]], NDArray[np.float32]]
     tokenize: Callable[[str], list[int]] | None = None
+    weight: Callable[[Any], Tensor] | None = None
 
 
 def gptqmodel(out: Path) -> Loaded:
@@ -42,7 +46,20 @@ def gptqmodel(out: Path) -> Loaded:
     awq = read_config(out)["quantization_config"]["quant_method"] == "awq"
     backend = BACKEND.TORCH_AWQ if awq else BACKEND.TORCH
     model = GPTQModel.load(str(out), device="cpu", backend=backend, dtype=torch.float16).model
-    return _of_torch(f"gptqmodel {version('gptqmodel')}", model)
+    return replace(_of_torch(f"gptqmodel {version('gptqmodel')}", model), weight=_awq_weight if awq else _gptq_weight)
+
+
+def _gptq_weight(linear: Any) -> Tensor:
+    weight: Tensor = linear.dequantize_weight()
+    return weight.T
+
+
+def _awq_weight(linear: Any) -> Tensor:
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    settings = {"bits": linear.bits, "group_size": linear.group_size}
+    weight: Tensor = dequantize_gemm(linear.qweight, linear.qzeros, linear.scales, **settings)
+    return weight.T
 
 
 def transformers_gptqmodel(out: Path) -> Loaded:
@@ -63,7 +80,19 @@ def transformers_dense(out: Path) -> Loaded:
 
 def transformers_native(out: Path) -> Loaded:
     """transformers with qat's quantizer, which `import qatcli` registered."""
-    return _transformers(out, "qatcli", dtype=torch.float32)
+    return replace(_transformers(out, "qatcli", dtype=torch.float32), weight=_native_weight)
+
+
+def _native_weight(linear: Any) -> Tensor:
+    quant = linear.quant
+    return dequantize(
+        linear.weight_packed,
+        linear.weight_scale,
+        linear.zero_point,
+        bits=quant.bits,
+        group_size=quant.group_size,
+        in_features=quant.in_features,
+    )
 
 
 def transformers_compressed_tensors(out: Path) -> Loaded:

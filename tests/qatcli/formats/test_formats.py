@@ -110,6 +110,19 @@ def test_other_group_sizes(packed: Packed, tmp_path: Path, group_size: int) -> N
         assert FORMATS[name].verify(checkpoint, tmp_path / name, INTEGERS_ONLY).differences == ()
 
 
+def test_group_sizes_that_no_kernel_takes_are_refused(
+    save_tiny_llama: Callable[..., Path], pack: Packed, tmp_path: Path
+) -> None:
+    odd = save_tiny_llama("threes", hidden_size=96, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2)
+    checkpoint = pack(odd, tmp_path / "packed", bits=4, group_size=48)
+    for name in ("gptq", "bitblas", "awq"):
+        with pytest.raises(QatError, match="group size") as refused:
+            FORMATS[name].write(checkpoint, tmp_path / name, INTEGERS_ONLY)
+        assert "compressed-tensors" in (refused.value.hint or "")
+    FORMATS["compressed-tensors"].write(checkpoint, tmp_path / "ct", INTEGERS_ONLY)
+    assert FORMATS["compressed-tensors"].verify(checkpoint, tmp_path / "ct", INTEGERS_ONLY).passed
+
+
 def test_awq_refuses_what_it_cannot_say_and_promotes_on_request(packed: Packed, tmp_path: Path) -> None:
     with pytest.raises(QatError, match=r"awq carries \[4\] bits only: model\.layers\.0.* and 17 more") as refused:
         FORMATS["awq"].write(packed(2), tmp_path / "out", INTEGERS_ONLY)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import signal
+import subprocess
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
@@ -144,6 +146,25 @@ def test_runtime_that_cannot_load_the_export_is_a_difference(packed: Packed, tmp
     differences = run("transformers-dense", packed(2), out, reference(packed(2))).differences
     assert len(differences) == 1
     assert differences[0].startswith("transformers-dense failed: ")
+
+
+def test_runtime_that_is_stopped_from_outside_says_nothing_of_the_export(
+    packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FORMATS["dense"].write(packed(2), tmp_path / "out", WITHOUT)
+    good = Verification("dense", "reader", 21, True, True, True)
+    monkeypatch.setattr("qatcli.formats.runtimes._SECONDS", 0.01)
+    slow = verify_in(good, ("transformers-dense",), packed(2), tmp_path / "out")
+    killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    out_of_memory = verify_in(good, ("transformers-dense",), packed(2), tmp_path / "out")
+    for found, why in ((slow, "no answer in 0.01 s"), (out_of_memory, "want of memory")):
+        assert found.passed
+        assert found.verifier == "reader"
+        assert why in found.notes[0]
+    crashed = subprocess.CompletedProcess([], -signal.SIGSEGV, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: crashed)
+    assert not verify_in(good, ("transformers-dense",), packed(2), tmp_path / "out").passed
 
 
 def test_failed_integers_are_not_run(packed: Packed, tmp_path: Path) -> None:
