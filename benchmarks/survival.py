@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -45,6 +46,9 @@ PARTS = ("the old cat", "a red bird", "my sister", "sees the sea.", "hears a son
 def main() -> None:
     """Disturb, print, judge."""
     arguments = _arguments()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job would pass on that it is ignored
     choose = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="qat-survival-") as name:
         folder = Path(name)

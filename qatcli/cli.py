@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import sys
 import tempfile
 import traceback
@@ -21,6 +20,7 @@ import typer
 
 from qatcli import __version__
 from qatcli.errors import QatError, ResourceError, UsageError
+from qatcli.interrupts import arrived, install, interruptible
 
 app = typer.Typer(
     help="Turn a pretrained causal LLM into a 2-, 3- or 4-bit one (EfficientQAT), and prove that the result is good.",
@@ -283,29 +283,17 @@ def _reported(command: str, *, verbose: bool = False) -> Iterator[None]:
 
     What nobody foresaw is one sentence too; its traceback goes to a file, and with `verbose` to stderr.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        yield
-    except QatError as error:
-        _fail(error)
+        with interruptible():
+            yield
+    except (KeyboardInterrupt, BrokenPipeError):
+        _interrupted(command)
     except typer.Exit:
         raise
-    except (KeyboardInterrupt, BrokenPipeError):
-        unless = ", but without --restart" if "--restart" in sys.argv else ""
-        typer.echo(f"\ninterrupted; continue with `{command}` and the same options{unless}", err=True)
-        raise typer.Exit(130) from None
-    except MemoryError as error:
-        _fail(ResourceError(f"out of memory: {error}", hint=SMALLER))
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            _fail(_unforeseen(error, verbose))
-        place = f" ({error.filename})" if error.filename else ""
-        hint = "free space or choose another --run directory; the same command continues"
-        _fail(ResourceError(f"cannot write{place}: {os.strerror(error.errno)}", hint=hint))
     except Exception as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            _fail(_unforeseen(error, verbose))
-        _fail(ResourceError(f"out of memory: {str(error).splitlines()[0]}", hint=SMALLER))
+        if arrived():  # what failed may have failed because of the signal: a library that was being imported
+            _interrupted(command)
+        _fail(_explained(error, verbose))
 
 
 # What a file system says of a write; files to read are checked where they are opened.
@@ -313,8 +301,25 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, e
 SMALLER = "lower batch_size or micro_batch_size, seq_len, or block_ap.cache.host_gb; the run continues where it stopped"
 
 
-def _interrupt(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
+def _interrupted(command: str) -> NoReturn:
+    unless = ", but without --restart" if "--restart" in sys.argv else ""
+    typer.echo(f"\ninterrupted; continue with `{command}` and the same options{unless}", err=True)
+    raise typer.Exit(130) from None
+
+
+def _explained(error: Exception, verbose: bool) -> QatError:
+    """The error to report for any exception."""
+    if isinstance(error, QatError):
+        return error
+    if isinstance(error, MemoryError):
+        return ResourceError(f"out of memory: {error}", hint=SMALLER)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        place = f" ({error.filename})" if error.filename else ""
+        hint = "free space or choose another --run directory; the same command continues"
+        return ResourceError(f"cannot write{place}: {os.strerror(error.errno)}", hint=hint)
+    if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return ResourceError(f"out of memory: {str(error).splitlines()[0]}", hint=SMALLER)
+    return _unforeseen(error, verbose)
 
 
 def _unforeseen(error: Exception, verbose: bool) -> QatError:
@@ -368,4 +373,5 @@ def _verbosity(quiet: bool, verbose: bool) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    install()
     app()

@@ -27,7 +27,7 @@ import psutil
 from qatcli.errors import InputError, UsageError
 from qatcli.finite import finite
 from qatcli.inputs import file_inside, read_json
-from qatcli.interrupts import write_in_hand
+from qatcli.interrupts import check, write_in_hand
 
 FORMAT_VERSION = 1
 STAGE_FILE = "stage.json"
@@ -170,6 +170,7 @@ def begin(path: Path, identity: dict[str, Any], *, restart: bool) -> Path:
 
     InputError names what differs when an interrupted run had another identity.
     """
+    check()
     partial = path.with_name(path.name + ".partial")
     if restart or not (partial / RESUME_FILE).is_file():
         _discard(partial)  # without resume.json it was killed before it began: nothing in it is worth keeping
@@ -211,6 +212,7 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any], path: Path) -> None
 
 def commit(path: Path, partial: Path, facts: dict[str, Any]) -> StageDirectory:
     """Write stage.json, fsync everything and rename the partial directory to its final name."""
+    check()
     not_digested = {partial / LOG_FILE, partial / STAGE_FILE, *partial.glob(RESUME_FILES)}
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file not in not_digested)
     digests = {str(file.relative_to(partial)): _sha256(file) for file in files}

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from qatcli.finite import finite
+from qatcli.interrupts import check
 from qatcli.progress import Bar, Every, display, duration
 from qatcli.trackers import Tracker
 
@@ -87,6 +88,7 @@ class RunLog:
             due = Every()
 
             def update(bar: Bar) -> None:
+                check()
                 show(bar)
                 if due():
                     self.event("progress", **bar.record())

@@ -176,7 +176,14 @@ def test_the_command_line_has_no_logic_of_its_own() -> None:
     third_party = {name.split(".")[0] for name in at_import} - sys.stdlib_module_names
     assert {"typer", "qatcli"} <= third_party <= {"typer", "rich", "qatcli"}
     ours = {".".join(name.split(".")[:2]) for name in at_import if name.startswith("qatcli.")}
-    assert ours <= {"qatcli.errors", "qatcli.recipe", "qatcli.stages", "qatcli.runlog", "qatcli.__version__"}
+    assert ours <= {
+        "qatcli.errors",
+        "qatcli.interrupts",
+        "qatcli.recipe",
+        "qatcli.stages",
+        "qatcli.runlog",
+        "qatcli.__version__",
+    }
     assert {name.split(".")[0] for name in imports(path)} & HEAVY == set()
     assert "import click" not in path.read_text(encoding="utf-8")  # typer carries its own
 

@@ -82,7 +82,7 @@ def test_the_wheel_describes_itself(wheel: Path) -> None:
         entry_points = archive.read(f"{folder}/entry_points.txt").decode()
         metadata = archive.read(f"{folder}/METADATA").decode()
         assert f"{folder}/licenses/LICENSE" in archive.namelist()
-    assert entry_points.strip() == "[console_scripts]\nqat = qatcli.cli:main"
+    assert entry_points.strip() == "[console_scripts]\nqat = qatcli.__main__:main"
     assert "License-Expression: Apache-2.0\n" in metadata
     assert "Requires-Python: >=3.11\n" in metadata
     assert all(f"Provides-Extra: {extra}\n" in metadata for extra in ("eval", "gguf", "gptq", "dev"))

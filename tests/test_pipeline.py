@@ -237,17 +237,66 @@ def test_second_process_is_refused(smoke_env: dict[str, str], finished_run: tupl
     assert f"process {first.pid}" in second.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_says_how_to_continue(
-    smoke_env: dict[str, str], finished_run: tuple[Path, dict], tmp_path: Path
+    smoke_env: dict[str, str], finished_run: tuple[Path, dict], tmp_path: Path, number: signal.Signals
 ) -> None:
     run, _ = finished_run
     shutil.copytree(run / "calibrate", tmp_path / "calibrate")
     process = _start("block-ap", tmp_path, smoke_env, LONG)
     _wait(lambda: (tmp_path / "block-ap.partial" / "log.jsonl").is_file(), process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
     assert "continue with `qat block-ap" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_interrupt_while_libraries_load_is_not_lost_in_them(
+    smoke_env: dict[str, str], finished_run: tuple[Path, dict], tmp_path: Path
+) -> None:
+    """As an extension in C that guards an import does: whatever is raised in there is dropped."""
+    run, _ = finished_run
+    shutil.copytree(run / "calibrate", tmp_path / "calibrate")
+    script = """
+import contextlib, signal, sys
+struck = []
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            struck.append(name)
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+sys.meta_path.insert(0, Finder())
+from qatcli.cli import main
+try:
+    main()
+finally:
+    assert struck
+"""
+    command = [sys.executable, "-c", script, "block-ap", str(RECIPE), "--run", str(tmp_path)]
+    done = subprocess.run(command, env=smoke_env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 130, done.stderr
+    assert "continue with `qat block-ap" in done.stderr
+    assert not (tmp_path / "block-ap.partial").exists()
+
+
+def test_signal_after_the_result_changes_nothing(
+    smoke_env: dict[str, str], finished_run: tuple[Path, dict], tmp_path: Path
+) -> None:
+    """The stage is committed and its directory printed: the process ends as if nothing had come."""
+    run, _ = finished_run
+    script = """
+import atexit, signal
+atexit.register(signal.raise_signal, signal.SIGTERM)
+from qatcli.cli import main
+main()
+"""
+    command = [sys.executable, "-c", script, "pack", str(RECIPE), "--run", str(run)]
+    done = subprocess.run(command, env=smoke_env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{run}/pack\n"
+    assert "Traceback" not in done.stderr
 
 
 def _start(stage: str, run: Path, env: dict[str, str], options: Sequence[str]) -> subprocess.Popen[str]:

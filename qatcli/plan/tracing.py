@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from qat_kernels.autograd import FakeQuant, QuantizedMatmul
-from qat_kernels.dispatch import Backend
+from qat_kernels.dispatch import REFERENCE
 from qatcli.models.blocks import run_block
 from qatcli.packed import ModuleQuant
 from qatcli.training import autocast
@@ -166,17 +166,11 @@ def _input_grad(grad_out: Tensor, packed: Tensor, *_: Tensor, in_features: int, 
     return grad_out @ _matrix(packed, in_features=in_features, dtype=grad_out.dtype)
 
 
-def _unused(*_: Any, **_options: Any) -> Any:
-    raise AssertionError("no pass of a block calls this")
-
-
-SHAPES = Backend(
+# What no pass of a block calls stays the reference.
+SHAPES = replace(
+    REFERENCE,
     fake_quant=lambda weight, *_, out_dtype, **_shape: torch.empty_like(weight, dtype=out_dtype),
     fake_quant_backward=lambda _, *inputs, **_shape: tuple(torch.empty_like(tensor) for tensor in inputs),
-    quantize=_unused,
-    pack=_unused,
-    unpack=_unused,
-    dequantize=_unused,
     quantized_matmul=_times_weight,
     input_grad=_input_grad,
     scale_grad=lambda _grad, _x, _packed, zero_point, **_shape: torch.empty_like(zero_point, dtype=torch.float32),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 import qatcli
-from qatcli import errors
+from qatcli import errors, interrupts
 from qatcli.cli import app
 from qatcli.stages import STAGES
 
@@ -34,13 +35,6 @@ FROZEN = {
     "inspect": {"--json"},
     "report": {"--watch", "--json"},
 }
-
-
-@pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
@@ -328,9 +322,47 @@ def test_an_interrupt_exits_130_and_says_how_to_continue(
     assert f"continue with `qat block-ap {recipe}`" in done.stderr
 
 
-def test_a_termination_signal_is_an_interrupt(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qatcli.chain.run_one", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+@pytest.fixture
+def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both signals handled as in a process of `qat`, none of them come yet."""
+    monkeypatch.setattr(interrupts, "_arrived", [])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    handlers = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    interrupts.install()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_an_interrupt(recipe: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    monkeypatch.setattr("qatcli.chain.run_one", lambda *_, **__: signal.raise_signal(number))
     assert qat("calibrate", recipe).exit_code == 130
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_signal_while_libraries_load_is_an_interrupt_whatever_they_make_of_it(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("half a library") from None
+
+    monkeypatch.setattr("qatcli.chain.run_one", load)
+    done = qat("calibrate", recipe)
+    assert done.exit_code == 130
+    assert "half a library" not in done.stderr
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_signal_from_before_the_command_is_not_lost(recipe: Path, stub: Callable[..., Any]) -> None:
+    signal.raise_signal(signal.SIGTERM)
+    calls = stub({"path": "somewhere"})
+    assert qat("calibrate", recipe).exit_code == 130
+    assert calls == []
 
 
 # eval takes recipes and models.

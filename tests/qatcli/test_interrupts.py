@@ -1,14 +1,17 @@
-"""Signals wait for the write in hand, and arrive after it."""
+"""Signals wait for the write in hand, arrive after it, and are not lost where Python drops an exception."""
 
 from __future__ import annotations
 
+import gc
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from qatcli.interrupts import write_in_hand
+from qatcli import interrupts
+from qatcli.interrupts import check, interruptible, write_in_hand
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +22,17 @@ def _terminate_raises() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(interrupts, "_arrived", [])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # the end of the test puts it back
+    handlers = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    interrupts.install()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -67,3 +81,68 @@ def test_other_threads_have_no_signals_to_wait_for() -> None:
     thread.start()
     thread.join()
     assert done == ["written"]
+
+
+class _Struck:
+    """An object whose finalizer a signal strikes: Python drops the exception that the handler raises there."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_signal_that_a_finalizer_swallowed_is_raised_by_the_next_check(capfd: pytest.CaptureFixture[str]) -> None:
+    passed = []
+
+    def work() -> None:
+        with interruptible():
+            struck = _Struck()
+            struck.itself = struck  # type: ignore[attr-defined]  # a cycle: the collector runs the finalizer
+            del struck
+            gc.collect()
+            passed.append("swallowed")
+            check()
+            passed.append("checked")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert passed == ["swallowed"]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_signal_is_raised_inside_only_and_one_from_before_at_the_beginning() -> None:
+    signal.raise_signal(signal.SIGINT)
+    assert interrupts.arrived()
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        pytest.fail("the signal came before")
+    signal.raise_signal(signal.SIGTERM)  # after the command: remembered, and nothing else
+    check()
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_write_in_hand_remembers_its_signal() -> None:
+    done = []
+
+    def write() -> None:
+        with interruptible(), write_in_hand():
+            signal.raise_signal(signal.SIGTERM)
+            assert not interrupts.arrived()
+            done.append("written")
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert done == ["written"]
+    assert interrupts.arrived()
+
+
+def test_a_signal_that_the_process_shall_ignore_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        interrupts.install()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is not terminate
+    finally:
+        signal.signal(signal.SIGINT, before)

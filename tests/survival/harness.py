@@ -202,10 +202,9 @@ class Chain:
         problems = []
         finished = struck.code == 0 and fault.kind == "time"
         expected = {**dict.fromkeys(KILLED, -signal.SIGKILL), **dict.fromkeys(SIGNALLED, 130), **dict.fromkeys(DISK, 6)}
-        early = fault.kind == "time" and struck.code in (-signal.SIGTERM, -signal.SIGINT)  # Python was still starting
-        if not finished and not early and struck.code != expected[fault.fault]:
+        if not finished and struck.code != expected[fault.fault]:
             problems.append(f"exit code {struck.code}: {struck.stderr.strip()[-300:]}")
-        if "Traceback" in struck.stderr and not early:
+        if "Traceback" in struck.stderr:
             problems.append("a traceback")
         if struck.code == 130 and "continue with" not in struck.stderr:
             problems.append("does not say how to continue")

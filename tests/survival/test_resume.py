@@ -54,7 +54,13 @@ def test_a_broken_disk_is_said_and_costs_nothing_that_was_done(chain: Chain, sta
 
 
 @pytest.mark.parametrize(
-    ("stage", "fault"), [("block-ap", Fault("save", 1, "SIGTERM")), ("e2e-qp", Fault("fsync", 3, "SIGINT"))]
+    ("stage", "fault"),
+    [
+        ("block-ap", Fault("save", 1, "SIGTERM")),
+        ("block-ap", Fault("save", 3, "SIGINT")),  # the last block
+        ("e2e-qp", Fault("fsync", 3, "SIGINT")),
+        ("pack", Fault("rename", 1, "SIGTERM")),  # the commit, which is finished first
+    ],
 )
 def test_a_signal_ends_a_stage_after_the_write_in_hand(chain: Chain, stage: str, fault: Fault) -> None:
     row = chain.disturb(stage, fault)
