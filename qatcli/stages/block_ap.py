@@ -31,6 +31,7 @@ from qatcli.blocktrain import BlockResult, Windows, build_student, export_studen
 from qatcli.data import load_windows
 from qatcli.errors import DivergedError
 from qatcli.models.blocks import BlockModel, open_blocks
+from qatcli.moments import input_moments, weight_errors
 from qatcli.packed import ModuleQuant
 from qatcli.progress import Bar
 from qatcli.shards import load_tensors
@@ -64,11 +65,14 @@ def run(job: Job) -> dict[str, Any]:
             quants = block_quants(model, index, recipe.quant)
             # The full-precision stream moves on first: its new state is this block's target.
             block = model.load_block(index, job.device, torch.float32)
-            for streams in (train, held_out):
-                advance_stream(streams.target, block, arguments[index], batch_size=config.batch_size, device=job.device)
-                _check_range(streams.target, model.block_name(index))
+            with input_moments(block, model.block_name(index)) as moments:
+                for streams in (train, held_out):
+                    advance_stream(
+                        streams.target, block, arguments[index], batch_size=config.batch_size, device=job.device
+                    )
+                    _check_range(streams.target, model.block_name(index))
             if index not in kept:
-                result = _train(job, model, index, block, quants, train, held_out, arguments[index], bar)
+                result = _train(job, model, index, block, quants, train, held_out, arguments[index], moments, bar)
                 detail = f"loss {result['before']:.4g} -> {result['after']:.4g}"
             else:
                 detail = "kept from the interrupted run"
@@ -101,6 +105,7 @@ def _train(
     train: _Streams,
     held_out: _Streams,
     arguments: dict[str, Any],
+    moments: dict[str, Tensor],
     bar: Bar,
 ) -> dict[str, Any]:
     """Train and save block `index`; the event that log.jsonl keeps about it."""
@@ -131,9 +136,13 @@ def _train(
     )
     state = block.state_dict()  # with the buffers that the checkpoint keeps
     others = {f"{prefix}.{n}": t for n, t in state.items() if f"{prefix}.{n.rpartition('.')[0]}" not in quants}
-    event = {"index": index, **asdict(result), "seconds": round(time.monotonic() - started, 3)}
+    trained = export_students(students)
+    # Against the weights as they were: those of `block` are the trained ones now.
+    errors = weight_errors(model.load_block(index, job.device, torch.float32), prefix, trained, moments)
+    seconds = round(time.monotonic() - started, 3)
+    event = {"index": index, **asdict(result), "relative_error": errors, "seconds": seconds}
     job.log.event("block", **event)
-    save_block(job.out, index, export_students(students), others)
+    save_block(job.out, index, trained, others)
     if result.backoffs:
         job.log.warn(f"block {index}: non-finite loss or gradient {result.backoffs} times; best iterate kept")
     return event

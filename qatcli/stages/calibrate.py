@@ -10,7 +10,6 @@ Left out on purpose: rounding with error feedback (GPTQ). It needs inputs of alr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from qatcli.data.store import FILE as WINDOWS
 from qatcli.grid import initial_grid, relative_error
 from qatcli.memory import release_memory
 from qatcli.models.blocks import BlockModel, open_blocks
+from qatcli.moments import input_moments
 from qatcli.packed import ModuleQuant, QuantizedLinear
 from qatcli.recipe import check_group_sizes
 from qatcli.recipe.schema import QuantSection
@@ -97,34 +97,9 @@ def _blocks_with_moments(job: Job, model: BlockModel, windows: Tensor) -> Any:
         block = model.load_block(index, job.device, torch.float32)
         moments: dict[str, Tensor] = {}
         if len(windows):
-            with _moment_hooks(block, model.block_name(index), moments):
+            with input_moments(block, model.block_name(index)) as moments:
                 advance_stream(stream, block, arguments[index], batch_size=SWEEP_BATCH, device=job.device)
-            tokens = windows.numel()
-            moments = {name: total / tokens for name, total in moments.items()}
         yield index, block, moments
-
-
-class _moment_hooks:
-    """Sum the squares of every linear's inputs over a forward pass."""
-
-    def __init__(self, block: nn.Module, prefix: str, sums: dict[str, Tensor]) -> None:
-        self._linears = [(f"{prefix}.{n}", m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
-        self._sums = sums
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._handles = [m.register_forward_pre_hook(self._collect(name)) for name, m in self._linears]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _collect(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            power = args[0].float().square().flatten(0, -2).sum(0)
-            self._sums[name] = self._sums[name] + power if name in self._sums else power
-
-        return hook
 
 
 def _round_block(
@@ -145,7 +120,9 @@ def _round_block(
         assert isinstance(linear, nn.Linear)
         weight, shape = linear.weight.detach(), {"bits": q.bits, "group_size": q.group_size}
         moment = moments.get(name)
-        scale, zero_point = initial_grid(weight, **shape, zero_points=quant.zero_points, method=quant.init, moment=moment)
+        scale, zero_point = initial_grid(
+            weight, **shape, zero_points=quant.zero_points, method=quant.init, moment=moment
+        )
         codes = quantize(weight, scale, zero_point, **shape)
         linears[name] = QuantizedLinear(codes, scale, zero_point.to(torch.uint8), **shape, bias=linear.bias)
         errors[name] = relative_error(weight, scale, zero_point, **shape, moment=moment)
