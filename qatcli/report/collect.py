@@ -23,6 +23,7 @@ from qatcli.report.events import Log, read_log
 FORMAT_VERSION = 1
 CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")
 OUTSIDE_CHAIN = ("import",)
+ROUNDED, TRAINED = "relative_error", "relative_error_after"
 PROVENANCE = ("input", "digest", "model_fingerprint", "recipe_digest", "device", "machine")
 
 
@@ -57,7 +58,7 @@ def collect(run_dir: Path, *, under_way: bool = False) -> dict[str, Any]:
             "recipe_digest": recipe_digest,
             "stages": [{key: value for key, value in stage.items() if key != "recipe"} for stage in stages],
             "blocks": _blocks(logs["calibrate"], logs["block-ap"]),
-            "layers": _layers(logs["calibrate"]),
+            "layers": _layers(logs["calibrate"], logs["block-ap"]),
             "calibration": metrics["calibrate"],
             "e2e_qp": _end_to_end(logs["e2e-qp"], metrics["e2e-qp"]),
             "evaluation": measured,
@@ -124,27 +125,32 @@ def _recipe(begun: list[dict[str, Any]]) -> tuple[dict[str, Any], str | None]:
 
 
 def _blocks(calibrate: Log, block_ap: Log) -> list[dict[str, Any]]:
-    """Per block: mean error of the initial rounding, losses before, during and after training, and their cost."""
+    """Per block: mean error of its weights as rounded and as trained, losses before, during and after, their cost."""
     rows: dict[int, dict[str, Any]] = {}
-    for event in calibrate.of("block"):
-        errors = [value for value in mapping(event.get("relative_error")).values() if is_number(value)]
-        if isinstance(event.get("index"), int) and errors:
-            rows.setdefault(event["index"], {})["relative_error"] = sum(errors) / len(errors)
-    for event in block_ap.of("block"):
-        if isinstance(event.get("index"), int):
-            known = {key: value for key, value in event.items() if key not in ("time", "event", "index")}
-            rows.setdefault(event["index"], {}).update(known)
-    return [{"index": index, **rows[index]} for index in sorted(rows)]
+    for log, key in ((calibrate, ROUNDED), (block_ap, TRAINED)):
+        for event in log.of("block"):
+            if not isinstance(event.get("index"), int):
+                continue
+            known = {name: value for name, value in event.items() if name not in ("time", "event", "index", ROUNDED)}
+            errors = _errors(event).values()
+            rows.setdefault(event["index"], {}).update(known | ({key: sum(errors) / len(errors)} if errors else {}))
+    return [{"index": index, **rows[index]} for index in sorted(rows) if rows[index]]
 
 
-def _layers(calibrate: Log) -> list[dict[str, Any]]:
-    """Relative error of the initial rounding of every linear, in the order of the model."""
+def _layers(calibrate: Log, block_ap: Log) -> list[dict[str, Any]]:
+    """Relative error of every linear's weight, as rounded and as trained by block-ap, in the order of the model."""
     found: dict[str, dict[str, Any]] = {}
-    for event in calibrate.of("block"):
-        for name, value in mapping(event.get("relative_error")).items():
-            if is_number(value) and isinstance(event.get("index"), int):
-                found[name] = {"name": name, "block": event.get("index"), "relative_error": value}
+    for log, key in ((calibrate, ROUNDED), (block_ap, TRAINED)):
+        for event in log.of("block"):
+            for name, value in _errors(event).items() if isinstance(event.get("index"), int) else ():
+                row = {"name": name, "block": event["index"], ROUNDED: None, TRAINED: None}
+                found.setdefault(name, row)[key] = value
     return list(found.values())
+
+
+def _errors(event: dict[str, Any]) -> dict[str, float]:
+    """The relative error of every linear that a stage's `block` event names."""
+    return {name: value for name, value in mapping(event.get("relative_error")).items() if is_number(value)}
 
 
 def _end_to_end(log: Log, metrics: dict[str, Any]) -> dict[str, Any]:

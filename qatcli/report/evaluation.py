@@ -41,11 +41,18 @@ def _model(model: dict[str, Any]) -> dict[str, Any]:
         "perplexity": _numbers(model.get("perplexity")),
         "divergence": {text: _numbers(apart) for text, apart in mapping(model.get("divergence")).items()},
         "zero_shot": {**zero_shot, "tasks": tasks, "average": _score(zero_shot.get("average"))},
-        "speed": {
-            name: value for name, value in mapping(model.get("speed")).items() if is_number(value) or name == "dtype"
-        },
+        "speed": _speed(mapping(model.get("speed"))),
+        "size": _numbers(model.get("size")),
         "samples": [str(sample) for sample in samples] if isinstance(samples, list) else [],
     }
+
+
+def _speed(speed: dict[str, Any]) -> dict[str, Any]:
+    """The figures and the dtype; `peak_bytes` is the peak of the device that computed."""
+    peak = _numbers(speed.get("peak"))
+    bytes_ = peak.get("device_bytes") or peak.get("host_bytes")
+    known = {name: value for name, value in speed.items() if is_number(value) or name == "dtype"}
+    return {**known, **({} if bytes_ is None else {"peak_bytes": bytes_})}
 
 
 def _score(score: Any) -> dict[str, Any]:

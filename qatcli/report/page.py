@@ -11,9 +11,11 @@ from typing import Any
 
 import jinja2
 import yaml
+from markupsafe import Markup
 
 from qatcli.progress import duration
 from qatcli.report import plots
+from qatcli.report.collect import ROUNDED, TRAINED
 from qatcli.report.evaluation import is_number
 
 MODELS = {
@@ -30,6 +32,13 @@ SECTIONS = {
     "exports": "Exports",
     "recipe": "Recipe",
     "provenance": "Provenance",
+}
+SIZES = {"file_bytes": "on disk", "bits_per_weight": "bits/weight", "bits_per_parameter": "bits/parameter"}
+SPEEDS = {
+    "prefill": "prefill, tokens/s",
+    "decode": "decode, tokens/s",
+    "weight_bytes": "weights in memory",
+    "peak_bytes": "peak memory",
 }
 WORST = 8  # layers and blocks listed by name
 
@@ -55,7 +64,14 @@ def render(facts: dict[str, Any], *, refresh: int | None = None) -> str:
         "model": lambda name: MODELS.get(name, name),
         "kind": kind,
     }
-    derived = {"refresh": refresh, "sections": SECTIONS, "now": _now(facts), **_results(facts), **_plots(facts)}
+    derived = {
+        "refresh": refresh,
+        "sections": SECTIONS,
+        "headings": SIZES | SPEEDS,
+        "now": _now(facts),
+        **_results(facts),
+        **_plots(facts),
+    }
     return environment.get_template("page.html.jinja").render({**facts, **derived})
 
 
@@ -156,10 +172,19 @@ def _results(facts: dict[str, Any]) -> dict[str, Any]:
         "texts": texts,
         "tasks": tasks,
         "tiles": tiles,
-        "speeds": [name for name in ("prefill", "decode", "weight_bytes", "dtype") if name in _keys(models, "speed")],
+        "sizes": [name for name in SIZES if name in _keys(models, "size")],
+        "speeds": [name for name in SPEEDS if name in _keys(models, "speed")],
+        "speed_protocol": _speed_protocol(evaluation),
+        "on_device": any(stage["peak_memory"].get("device_bytes") for stage in facts["stages"] + facts["exports"]),
         "samples": {name: model["samples"] for name, model in models.items() if model["samples"]},
         "missed": [one for one in facts["expectations"] if not one["passed"]],
     }
+
+
+def _speed_protocol(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What speed was measured under, with the types that the models were computed in."""
+    types = {str(model["speed"]["dtype"]): None for model in evaluation["models"].values() if "dtype" in model["speed"]}
+    return {**evaluation["speed_protocol"], **({"computed in": " and ".join(types)} if types else {})}
 
 
 def _plots(facts: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +196,6 @@ def _plots(facts: dict[str, Any]) -> dict[str, Any]:
     trained = [block for block in blocks if is_number(block.get("before")) and is_number(block.get("after"))]
     curves = [_curve(block) for block in blocks]
     depth = max(1, len(blocks) - 1)
-    layers = [(_short(layer), layer["block"], layer["relative_error"]) for layer in facts["layers"]]
     stages = [stage for stage in [*facts["stages"], *facts["exports"]] if is_number(stage["seconds"])]
     seconds = max(1e-9, sum(stage["seconds"] for stage in stages))
     return {
@@ -205,14 +229,9 @@ def _plots(facts: dict[str, Any]) -> dict[str, Any]:
             y_label="seconds",
             title=lambda at, value: f"block {at:g}: {_brief(value)}",
         ),
-        "plot_layers": plots.heat_map(
-            list(dict.fromkeys(name for name, _, _ in layers)),
-            sorted({at for _, at, _ in layers}),
-            {(name, at): value for name, at, value in layers},
-            x_label="block",
-        ),
+        "plot_layers": _heat_maps(facts["layers"]),
         "sparklines": {block["index"]: plots.sparkline(curve) for block, curve in zip(blocks, curves, strict=True)},
-        "worst_layers": sorted(facts["layers"], key=lambda layer: -layer["relative_error"])[:WORST],
+        "worst_layers": sorted(facts["layers"], key=_latest_error, reverse=True)[:WORST],
         "worst_blocks": sorted(trained, key=lambda block: -block["after"])[:WORST],
         "shares": [(stage["name"], stage["seconds"], stage["seconds"] / seconds) for stage in stages],
     }
@@ -223,6 +242,25 @@ def _curve(block: dict[str, Any]) -> list[float]:
     after = block.get("validation")
     values = [block.get("before"), *(after if isinstance(after, list) else [])]
     return [value for value in values if is_number(value)]
+
+
+def _heat_maps(layers: list[dict[str, Any]]) -> list[tuple[str, Markup]]:
+    """Errors of all linears as rounded and as trained, in the same shades: (heading, plot) of those that are known."""
+    names = list(dict.fromkeys(_short(layer) for layer in layers))
+    blocks = sorted({layer["block"] for layer in layers})
+    known = [layer[key] for layer in layers for key in (ROUNDED, TRAINED) if layer[key] is not None]
+    maps = []
+    for key, heading in ((ROUNDED, "As first rounded"), (TRAINED, "After Block-AP")):
+        values = {(_short(layer), layer["block"]): layer[key] for layer in layers if layer[key] is not None}
+        if values:
+            span = min(known), max(known)
+            maps.append((heading, plots.heat_map(names, blocks, values, x_label="block", span=span)))
+    return [(heading, plot) for heading, plot in maps if plot is not None]
+
+
+def _latest_error(layer: dict[str, Any]) -> float:
+    error = layer[ROUNDED] if layer[TRAINED] is None else layer[TRAINED]
+    return float(error)
 
 
 def _short(layer: dict[str, Any]) -> str:

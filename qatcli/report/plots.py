@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 Point = tuple[float, float]
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 36  # pixels around the plotting area
+CHARACTER = 7.5  # pixels of a digit of a tick label, at most
 MOST_POINTS = 400  # per line; longer ones are thinned out
 
 
@@ -107,12 +108,17 @@ def bars(
 
 
 def heat_map(
-    rows: Sequence[str], columns: Sequence[int], values: dict[tuple[str, int], float], *, x_label: str
+    rows: Sequence[str],
+    columns: Sequence[int],
+    values: dict[tuple[str, int], float],
+    *,
+    x_label: str,
+    span: tuple[float, float],
 ) -> Markup | None:
-    """Cells shaded from the smallest value to the largest."""
+    """Cells shaded from the smallest value of `span` to the largest; None when there are none."""
     if not values:
         return None
-    low, high = min(values.values()), max(values.values())
+    low, high = span
     left = 16 + 6.8 * max(len(row) for row in rows)
     cell = max(13.0, min(40.0, (1040 - left) / len(columns)))
     tall = 20.0
@@ -149,9 +155,13 @@ def scale(rows: Sequence[tuple[str, str, float]], *, width: int = 520) -> Markup
     low, high = min(r[2] for r in rows), max(r[2] for r in rows)
     x = Axis(low / 1.08, high * 1.08, left + 6, width - 66, log=True)
     svg = _svg(width, height)
+    free = 0.0  # where the last label ends
     for tick in x.ticks(5):
         _line(svg, "grid", x(tick), 4, x(tick), height - 26)
-        _text(svg, x(tick), height - 10, _tick(tick), "middle")
+        half = CHARACTER * len(_tick(tick)) / 2
+        if x(tick) - half >= free:
+            _text(svg, x(tick), height - 10, _tick(tick), "middle")
+            free = x(tick) + half + CHARACTER
     for i, (label, kind, value) in enumerate(rows):
         at = tall * i + 17
         _text(svg, left - 8, at + 4, label, "end", "label")

@@ -48,7 +48,14 @@ METRICS: dict[str, Any] = {
                 "tasks": {"piqa": {"metric": "acc", "value": 0.62, "stderr": 0.011}},
                 "average": {"value": 0.62, "stderr": 0.011},
             },
-            "speed": {"prefill": 512.0, "decode": 31.0, "weight_bytes": 3145728, "dtype": "bfloat16"},
+            "size": {"file_bytes": 7340032, "bits_per_weight": 2.28, "bits_per_parameter": 4.9},
+            "speed": {
+                "prefill": 512.0,
+                "decode": 31.0,
+                "weight_bytes": 3145728,
+                "dtype": "bfloat16",
+                "peak": {"host_bytes": 5242880},
+            },
             "samples": [" London."],
         },
     },
@@ -84,8 +91,9 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             at = (120.0 if i < 2 else 3730.0) + 10 * i
             progress = {"title": "block-ap", "count": i, "total": 4, "left": 30.0, "host_bytes": 2**29 + i}
             losses = {"before": 0.4 + i, "after": 0.2 + i, "validation": [0.3 + i, 0.2 + i], "seconds": 9.0 + i}
+            trained = {"relative_error": {name: 2 * error for name, error in errors[i].items()}}
             events += [{"time": at, "event": "progress", **progress}]
-            events += [{"time": at, "event": "block", "index": i, "backoffs": 0, **losses}]
+            events += [{"time": at, "event": "block", "index": i, "backoffs": 0, **losses, **trained}]
         if holder is not None:
             _write(run / "block-ap.partial", events)
             (run / "block-ap.lock").write_text(holder)

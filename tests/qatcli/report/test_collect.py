@@ -40,8 +40,16 @@ def test_blocks_and_layers(make_run: Run) -> None:
     assert facts["blocks"][2]["before"] == 2.4
     assert facts["blocks"][2]["relative_error"] == pytest.approx((0.03 + 0.04) / 2)
     assert facts["blocks"][2]["validation"] == [2.3, 2.2]
+    assert facts["blocks"][2]["relative_error_after"] == pytest.approx(2 * (0.03 + 0.04) / 2)
     assert len(facts["layers"]) == 8
-    assert facts["layers"][3] == {"name": "model.layers.1.mlp.down_proj", "block": 1, "relative_error": 0.03}
+    errors = {"relative_error": 0.03, "relative_error_after": 0.06}
+    assert facts["layers"][3] == {"name": "model.layers.1.mlp.down_proj", "block": 1, **errors}
+
+
+def test_layers_that_are_not_trained_yet(make_run: Run, at_work: str) -> None:
+    facts = collect(make_run(blocks=1, holder=at_work))
+    assert [layer["relative_error_after"] for layer in facts["layers"]] == [0.02, 0.04, *[None] * 6]
+    assert ["relative_error_after" in block for block in facts["blocks"]] == [True, False, False, False]
 
 
 def test_time_at_work_leaves_out_the_pause_between_sessions(make_run: Run) -> None:

@@ -68,13 +68,17 @@ def test_the_results(make_run: Run) -> None:
     assert "wiki: source wiki.test.raw, context 64, windows 8" in words
     assert "independent reader" in words
     assert "owner/text" in words
+    assert "7 MiB 2.280 4.900 512.0 31.00 3 MiB 5 MiB" in words
+    assert "speed: computed in bfloat16" in words
+    assert "model.layers.3.mlp.down_proj 5.00 % 10.00 %" in words.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_every_plot_is_there(make_run: Run) -> None:
     html = render(collect(make_run()))
-    assert html.count("<svg") == 6 + 4 + 4  # scale, ranges, curves, e2e, layers, seconds; sparklines in two tables
+    # scale, ranges, curves, e2e, layers as rounded and as trained, seconds; sparklines in two tables
+    assert html.count("<svg") == 7 + 4 + 4
     assert len(re.findall(r'class="mark (?:before|after)"', html)) == 8
-    assert len(re.findall(r'class="cell"', html)) == 8
+    assert len(re.findall(r'class="cell"', html)) == 2 * 8
 
 
 def test_a_missed_expectation(make_run: Run, metrics: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ def test_nothing_to_draw() -> None:
     assert plots.lines([], x_label="x", y_label="y") is None
     assert plots.lines([plots.Series("a", [], "quantized")], x_label="x", y_label="y") is None
     assert plots.bars([], x_label="x", y_label="y", title=lambda at, value: "") is None
-    assert plots.heat_map([], [], {}, x_label="x") is None
+    assert plots.heat_map([], [], {}, x_label="x", span=(0, 1)) is None
     assert plots.scale([("a", "other", 1.0)]) is None
     assert plots.sparkline([1.0]) is None
 
@@ -86,11 +86,14 @@ def test_long_lines_are_thinned_and_keep_their_end() -> None:
 
 def test_a_heat_map_shades_from_smallest_to_largest() -> None:
     values = {("q", 0): 1.0, ("q", 1): 2.0, ("k", 1): 3.0}
-    cells = elements(plots.heat_map(["q", "k"], [0, 1], values, x_label="block"), "rect")
-    shades = [float(str(cell.get("fill-opacity"))) for cell in cells]
-    assert len(shades) == 3
-    assert shades == sorted(shades)
-    assert shades[-1] == 1.0
+    shades = {}
+    for high in (3.0, 5.0):
+        cells = elements(plots.heat_map(["q", "k"], [0, 1], values, x_label="block", span=(1.0, high)), "rect")
+        shades[high] = [float(str(cell.get("fill-opacity"))) for cell in cells]
+        assert len(shades[high]) == 3
+        assert shades[high] == sorted(shades[high])
+    assert shades[3.0][-1] == 1.0
+    assert shades[5.0][-1] < 0.6, "two maps with the same span have the same shades"
 
 
 def test_text_stays_text() -> None:
