@@ -224,7 +224,12 @@ def _continue(subject: Subject, prompt: str, config: EvalSection, device: torch.
             use_cache=True,
             pad_token_id=subject.tokenizer.eos_token_id,
         )
-    return str(subject.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    # Decoded together with the prompt: some tokenizers drop the space in front of what is decoded.
+    before, after = (
+        str(subject.tokenizer.decode(tokens, skip_special_tokens=True))
+        for tokens in (inputs["input_ids"][0], output[0])
+    )
+    return after.removeprefix(before)
 
 
 def _digest(tensor: Tensor) -> str:
