@@ -138,6 +138,8 @@ class _Trainer:
 
     def _update(self, stepper: Stepper, step: int, text: Windows, batch: Tensor) -> float:
         """Update `step` on the windows `batch`; the mean loss, whether or not the step was taken."""
+        # For the dropout of models that have one: like the batch, a function of the step alone.
+        torch.manual_seed(self.job.recipe.calibrate.seed * 1_000_003 + step)
         stepper.begin(step)
         targets = max(1, text[batch].targets)
         total = 0.0

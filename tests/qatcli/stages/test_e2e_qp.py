@@ -23,7 +23,7 @@ from qatcli.linear import PackedLinear
 from qatcli.packed import ModuleQuant, PackedCheckpoint
 from qatcli.recipe import E2eQpSection, Recipe
 from qatcli.runlog import RunLog
-from qatcli.stages import Job
+from qatcli.stages import Job, e2e_qp
 from qatcli.stages.e2e_qp import run, trained_parameters
 
 SEQ_LEN, VOCABULARY = 12, 61
@@ -192,6 +192,34 @@ def test_memory_settings_do_not_change_the_result(stage: Callable[..., Job]) -> 
     expected, found = all_tensors(plain.out), all_tensors(lean.out)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_resumed_run_draws_the_numbers_of_an_uninterrupted_one(
+    stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, which is at work where gradient checkpointing needs the model in training mode."""
+    settings = {"gradient_checkpointing": True, "checkpoint_every": 1}
+    plain, whole, cut = (stage(name, **settings) for name in ("plain", "whole", "cut"))
+    run(plain)
+    config = json.loads((cut.input.path / "config.json").read_text())
+    (cut.input.path / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    run(whole)
+    torch.rand(3)  # a process of its own has other numbers behind it
+    save = e2e_qp._Trainer._save
+
+    def save_and_stop(trainer: Any, stepper: Any, step: int, before: float) -> None:
+        save(trainer, stepper, step, before)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(e2e_qp._Trainer, "_save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(cut)
+    monkeypatch.undo()
+    run(cut)
+    without, expected, found = (all_tensors(job.out) for job in (plain, whole, cut))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any(not torch.equal(without[name], expected[name]) for name in expected)
 
 
 def test_a_model_that_is_not_finite_is_refused(stage: Callable[..., Job]) -> None:
