@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat_kernels import dequantize, fake_quant, quantize, quantized_matmul
+from qat_kernels import dequantize, fake_quant, prepare, quantize, quantized_matmul
 from qatcli.packed import ModuleQuant, QuantizedLinear, unpack_zero_point
+
+FEW_ROWS = 16
+"""Rows of x up to which a prepared weight can be faster than the packed one."""
 
 
 class FakeQuantLinear(nn.Module):
@@ -70,6 +73,7 @@ class PackedLinear(nn.Module):
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(quant.out_features, dtype=dtype), requires_grad=False) if bias else None
         self._unpacked_zero_point: Tensor | None = None
+        self._prepared: Tensor | None = None
 
     @property
     def zero_point(self) -> Tensor:
@@ -82,8 +86,19 @@ class PackedLinear(nn.Module):
             self._unpacked_zero_point = cached
         return cached
 
+    def _prepared_for(self, x: Tensor) -> Tensor | None:
+        """The codes laid out for decoding a few tokens, made at the first such call and never while training."""
+        if torch.is_grad_enabled() or x.numel() > FEW_ROWS * x.shape[-1]:
+            return None
+        packed, quant = self.weight_packed, self.quant
+        if self._prepared is None or self._prepared.device != packed.device:
+            self._prepared = prepare(
+                packed, bits=quant.bits, group_size=quant.group_size, in_features=quant.in_features
+            )
+        return self._prepared
+
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        self._unpacked_zero_point = None
+        self._unpacked_zero_point = self._prepared = None
         super()._load_from_state_dict(*args, **options)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,6 +110,7 @@ class PackedLinear(nn.Module):
             bits=self.quant.bits,
             group_size=self.quant.group_size,
             bias=self.bias,
+            prepared=self._prepared_for(x),
         )
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 from torch import Tensor
 
@@ -66,7 +66,7 @@ def _has_triton() -> bool:
 
 @cache
 def _triton_backend() -> Backend:
-    from qat_kernels import triton_dequantize, triton_fake_quant, triton_packing
+    from qat_kernels import triton_dequantize, triton_fake_quant, triton_linear, triton_packing
 
     return Backend(
         fake_quant=triton_fake_quant.fake_quant,
@@ -75,7 +75,8 @@ def _triton_backend() -> Backend:
         pack=triton_packing.pack,
         unpack=triton_packing.unpack,
         dequantize=triton_dequantize.dequantize,
-        quantized_matmul=reference.quantized_matmul,
-        input_grad=reference.input_grad,
-        scale_grad=partial(reference.scale_grad, dequantize=triton_dequantize.dequantize),
+        quantized_matmul=triton_linear.quantized_matmul,
+        input_grad=triton_linear.input_grad,
+        scale_grad=triton_linear.scale_grad,
+        prepare=triton_linear.prepare,
     )
