@@ -7,7 +7,7 @@ an undisturbed chain. Prints a line per disturbance and a table; exits 1 when an
 
 A third of the kills and of the signals come from outside after a random time, to processes started as a user starts
 them. The others strike at a random operation on a file (tests/survival/faults.py), in forks of one process that has
-imported everything.
+imported everything. What a disturbance costs is the processor time of both commands beyond that of one undisturbed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,13 +84,17 @@ def _inputs(chain: Chain, model: Path, folder: Path) -> bool:
 
 def _disturb(chain: Chain, spawned: Spawned, arguments: argparse.Namespace, choose: random.Random) -> bool:
     """Every disturbance, and whether all were survived."""
-    served, inside = chain.launch, dict(chain.seconds)
-    whole = {stage: spawned(chain.command(stage, chain.folder / "timed")).seconds for stage in STAGES}
-    print("undisturbed, as processes:", {stage: round(seconds, 1) for stage, seconds in whole.items()}, flush=True)
+    served, inside = chain.launch, dict(chain.cpu)
+    cpu, seconds = {}, {}
+    for stage in STAGES:
+        started = time.monotonic()
+        cpu[stage] = spawned(chain.command(stage, chain.folder / "timed")).cpu
+        seconds[stage] = time.monotonic() - started
+    print("processor seconds as processes:", {stage: round(used, 1) for stage, used in cpu.items()}, flush=True)
     rows = []
-    for stage, fault in _plan(chain, arguments, whole, choose):
+    for stage, fault in _plan(chain, arguments, seconds, choose):
         timed = fault.kind == "time"
-        chain.launch, chain.seconds = (spawned, whole) if timed else (served, inside)
+        chain.launch, chain.cpu = (spawned, cpu) if timed else (served, inside)
         row = chain.disturb(stage, fault)
         rows.append(row)
         line = f"{len(rows):3} {stage:10} {fault!s:32} exit {row.code:4} lost {row.lost:5.1f} s"
@@ -101,7 +106,7 @@ def _disturb(chain: Chain, spawned: Spawned, arguments: argparse.Namespace, choo
 
 
 def _plan(
-    chain: Chain, arguments: argparse.Namespace, whole: dict[str, float], choose: random.Random
+    chain: Chain, arguments: argparse.Namespace, seconds: dict[str, float], choose: random.Random
 ) -> Iterator[tuple[str, Fault]]:
     """Stage by stage, so that every stage gets its share of each kind of fault."""
     for names, count in (
@@ -111,9 +116,10 @@ def _plan(
     ):
         for number in range(count):
             stage = STAGES[number % len(STAGES)]
-            if names is not DISK and number // len(STAGES) % 3 == 2:
+            turn = number + number // len(STAGES)  # so that every stage has its turn
+            if names is not DISK and turn % 3 == 2:
                 name = "SIGKILL" if "kill" in names else choose.choice(names)
-                yield stage, Fault("time", choose.uniform(0.3, 1.0) * whole[stage], name)
+                yield stage, Fault("time", choose.uniform(0.2, 1.0) * seconds[stage], name)
             else:
                 yield stage, random_fault(chain, stage, names, choose)
 

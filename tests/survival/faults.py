@@ -1,7 +1,7 @@
 """Run `qat` with one thing going wrong at a chosen file operation. Nothing of this is in the shipped package.
 
     python faults.py '{"under": DIR, "kind": "replace", "at": 3, "fault": "ENOSPC"}' block-ap recipe.yaml --run DIR
-    python faults.py --serve      one JSON object {"fault", "arguments", "output"} per line in, {"code", "seconds"} out
+    python faults.py --serve      one JSON object {"fault", "arguments", "output"} per line in, {"code", "cpu"} out
 
 Operations are counted by kind, those on paths below `under` only:
     open    a file opened for writing          write   a write to it            copy     a file copied
@@ -194,12 +194,11 @@ def serve() -> None:
         importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
-        started = time.monotonic()
         child = os.fork()
         if child == 0:
             _serve_one(request)
-        _, status = os.waitpid(child, 0)
-        answer = {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - started}
+        _, status, used = os.wait4(child, 0)
+        answer = {"code": os.waitstatus_to_exitcode(status), "cpu": used.ru_utime + used.ru_stime}
         print(json.dumps(answer), flush=True)
 
 

@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,16 +57,16 @@ class Fault:
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended."""
+    """How a command ended, and the processor time it took: on a busy machine its duration says little."""
 
     code: int
-    seconds: float
+    cpu: float
     stderr: str
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `again` is what was made twice: blocks or updates; `lost` is in seconds."""
+    """One line of the table. `again` is what was made twice: blocks or updates; `lost` is processor time."""
 
     stage: str
     fault: Fault
@@ -101,7 +101,7 @@ class Served:
         assert line, self._errors.read_text()
         answer = json.loads(line)
         stderr = self._output.with_suffix(".err").read_text()
-        return Done(answer["code"], answer["seconds"], stderr)
+        return Done(answer["code"], answer["cpu"], stderr)
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -118,7 +118,7 @@ class Spawned:
     def __call__(self, arguments: Sequence[str], spec: dict[str, Any] | None = None) -> Done:
         timed = spec is not None and spec.get("kind") == "time"
         watched = [str(FAULTS), json.dumps(spec)] if spec and not timed else ["-m", "qatcli"]
-        started = time.monotonic()
+        before = _children()
         with subprocess.Popen(
             [sys.executable, *watched, *arguments], env=self._env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
         ) as process:
@@ -128,7 +128,13 @@ class Spawned:
                 except subprocess.TimeoutExpired:
                     process.send_signal(getattr(signal, spec["fault"]))
             _, stderr = process.communicate(timeout=TIMEOUT)
-        return Done(process.returncode, time.monotonic() - started, stderr.decode())
+        return Done(process.returncode, _children() - before, stderr.decode())
+
+
+def _children() -> float:
+    """Processor seconds of the processes started and ended so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @dataclass
@@ -141,7 +147,7 @@ class Chain:
     options: tuple[str, ...] = ()
     formats: tuple[str, ...] = ("gptq",)
     counts: dict[str, Counter[str]] = field(default_factory=dict)  # stage -> operations by kind
-    seconds: dict[str, float] = field(default_factory=dict)
+    cpu: dict[str, float] = field(default_factory=dict)  # processor seconds of a stage
 
     @property
     def reference(self) -> Path:
@@ -158,7 +164,7 @@ class Chain:
             done = self.launch(self.command(stage, self.reference), {"under": str(self.reference), "trace": str(trace)})
             assert done.code == 0, done.stderr
             self.counts[stage] = Counter(json.loads(trace.read_text()))
-            self.seconds[stage] = done.seconds
+            self.cpu[stage] = done.cpu
 
     def disturb(self, stage: str, fault: Fault) -> Row:
         """Run a stage with a fault on copies of the reference's earlier stages, then again without."""
@@ -193,7 +199,7 @@ class Chain:
             not differences,
             untouched,
             made_twice,
-            struck.seconds + again.seconds - self.seconds[stage],
+            struck.cpu + again.cpu - self.cpu[stage],
             (*problems, *differences, *(f"{name} is left" for name in left)),
         )
 
@@ -282,8 +288,8 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def summary(rows: Sequence[Row], seconds: dict[str, float]) -> str:
-    """One line per stage: disturbances, how many resumed to equal digests, work and time lost."""
+def summary(rows: Sequence[Row], cpu: dict[str, float]) -> str:
+    """One line per stage: disturbances, how many resumed to equal digests, work and processor time lost."""
     lines = [
         "| stage | undisturbed | kills | signals | disk faults | equal | made twice at most | lost, mean and worst |"
     ]
@@ -297,7 +303,7 @@ def summary(rows: Sequence[Row], seconds: dict[str, float]) -> str:
         lost = [max(0.0, row.lost) for row in mine]
         good = sum(row.equal and not row.problems for row in mine)
         lines.append(
-            f"| {stage} | {seconds[stage]:.1f} s | {kinds[0]} | {kinds[1]} | {kinds[2]} | {good} of {len(mine)} | "
+            f"| {stage} | {cpu[stage]:.1f} s | {kinds[0]} | {kinds[1]} | {kinds[2]} | {good} of {len(mine)} | "
             f"{max(row.again for row in mine)} | {sum(lost) / len(lost):.1f} s, {max(lost):.1f} s |"
         )
     return "\n".join(lines)
