@@ -1,11 +1,12 @@
 """Triton versions of `reference.fake_quant`, `reference.fake_quant_backward` and `reference.quantize`.
 
-Weights are taken as N * G contiguous groups of GROUP_SIZE. A program owns GROUPS whole groups and walks along them in
-steps of COLUMNS: one read and one write per weight forwards, two reads and one write backwards, and the sums of the
-scale and zero-point gradients stay in the program, so there are no atomics and runs repeat exactly.
+Weights are taken as N * G contiguous groups of GROUP_SIZE; a program has a tile of GROUPS whole groups by COLUMNS of
+each. Forwards every tile has its own program: one read and one write per weight. Backwards a program walks along its
+groups: two reads and one write per weight, and the sums of the scale and zero-point gradients stay in the program, so
+there are no atomics and runs repeat exactly.
 
-Codes equal the reference's bit for bit: division is IEEE (`div_rn`), rounding is half to even, and fused multiply-adds
-are off.
+Codes equal the reference's bit for bit: division is IEEE (`div_rn`), rounding is half to even, fused multiply-adds are
+off, and what is not a number stays so.
 """
 
 import torch
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qat_kernels import tuning
 from qat_kernels.reference import MAX_SCALE, MIN_SCALE
 from qat_kernels.tiles import group_tile
 
@@ -39,9 +41,9 @@ def fake_quant_backward(
     """See `reference.fake_quant_backward`."""
     weight, scale, zero_point, grad_out = (t.contiguous() for t in (weight, scale, zero_point, grad_out))
     d_weight, d_scale, d_zero_point = (torch.empty_like(t) for t in (weight, scale, zero_point))
-    n_groups, columns_per_group, groups, columns = _partition(weight, group_size)
+    tile = _Tile(weight, "fake_quant_backward", bits, group_size)
     with torch.cuda.device_of(weight):
-        _fake_quant_backward_kernel[(triton.cdiv(n_groups, groups),)](
+        _fake_quant_backward_kernel[(triton.cdiv(tile.n_groups, tile.groups),)](
             d_weight,
             d_scale,
             d_zero_point,
@@ -49,13 +51,14 @@ def fake_quant_backward(
             weight,
             scale,
             zero_point,
-            n_groups,
+            tile.n_groups,
             QMAX=2**bits - 1,
             MIN_SCALE=MIN_SCALE,
             MAX_SCALE=MAX_SCALE,
-            GROUP_SIZE=columns_per_group,
-            GROUPS=groups,
-            COLUMNS=columns,
+            GROUP_SIZE=tile.group_size,
+            GROUPS=tile.groups,
+            COLUMNS=tile.columns,
+            num_warps=tile.num_warps,
             enable_fp_fusion=False,
         )
     return d_weight, d_scale, d_zero_point
@@ -64,29 +67,37 @@ def fake_quant_backward(
 def _launch_forward(
     out: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, group_size: int, codes: bool
 ) -> None:
-    n_groups, columns_per_group, groups, columns = _partition(weight, group_size)
+    tile = _Tile(weight, "fake_quant", bits, group_size)
+    steps = triton.cdiv(tile.group_size, tile.columns)
     with torch.cuda.device_of(weight):
-        _fake_quant_kernel[(triton.cdiv(n_groups, groups),)](
+        _fake_quant_kernel[(triton.cdiv(tile.n_groups, tile.groups), steps)](
             out,
             weight.contiguous(),
             scale.contiguous(),
             zero_point.contiguous(),
-            n_groups,
+            tile.n_groups,
             QMAX=2**bits - 1,
             MIN_SCALE=MIN_SCALE,
             MAX_SCALE=MAX_SCALE,
-            GROUP_SIZE=columns_per_group,
-            GROUPS=groups,
-            COLUMNS=columns,
+            GROUP_SIZE=tile.group_size,
+            GROUPS=tile.groups,
+            COLUMNS=tile.columns,
             CODES=codes,
+            num_warps=tile.num_warps,
             enable_fp_fusion=False,
         )
 
 
-def _partition(weight: Tensor, group_size: int) -> tuple[int, int, int, int]:
-    """(groups in the weight, columns per group, groups per program, columns per step)."""
-    columns_per_group = weight.shape[1] if group_size == -1 else group_size
-    return (weight.numel() // columns_per_group, columns_per_group, *group_tile(columns_per_group))
+class _Tile:
+    """How a weight is cut: n_groups groups of group_size; groups per program, columns per step, warps."""
+
+    def __init__(self, weight: Tensor, kernel: str, bits: int, group_size: int) -> None:
+        rows, row = weight.shape
+        use = tuning.table_for(weight.device).pick(kernel, bits=bits, m=0, n=rows, k=row)
+        self.group_size = row if group_size == -1 else group_size
+        self.n_groups = weight.numel() // self.group_size
+        self.groups, self.columns = group_tile(self.group_size, use["elements"])
+        self.num_warps = use["num_warps"]
 
 
 @triton.jit
@@ -96,6 +107,13 @@ def rint(x):
     Adding 1.5 * 2**23 leaves no bits for a fraction. `libdevice.rint` does not exist in the interpreter.
     """
     return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _clamp(x, lowest, highest):
+    """As torch.clamp, which keeps a NaN."""
+    ALL: tl.constexpr = tl.PropagateNan.ALL
+    return tl.minimum(tl.maximum(x, lowest, propagate_nan=ALL), highest, propagate_nan=ALL)
 
 
 @triton.jit
@@ -111,8 +129,8 @@ def _load_grid(
     """Scale and zero point of each group, clamped: two [GROUPS, 1]."""
     scale = tl.load(scale_ptr + group, mask=group_mask, other=1.0).to(tl.float32)
     zero_point = tl.load(zero_point_ptr + group, mask=group_mask, other=0.0).to(tl.float32)
-    scale = tl.minimum(tl.maximum(scale, MIN_SCALE), MAX_SCALE)
-    zero_point = tl.minimum(tl.maximum(rint(zero_point), 0.0), QMAX)
+    scale = _clamp(scale, MIN_SCALE, MAX_SCALE)
+    zero_point = _clamp(rint(zero_point), 0.0, QMAX)
     return scale[:, None], zero_point[:, None]
 
 
@@ -134,14 +152,13 @@ def _fake_quant_kernel(
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     group_mask = group < n_groups
     scale, zero_point = _load_grid(scale_ptr, zero_point_ptr, group, group_mask, QMAX, MIN_SCALE, MAX_SCALE)
-    for start in range(0, GROUP_SIZE, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        mask = group_mask[:, None] & (column < GROUP_SIZE)[None, :]
-        index = group[:, None] * GROUP_SIZE + column[None, :]
-        weight = tl.load(weight_ptr + index, mask=mask, other=0.0).to(tl.float32)
-        code = tl.minimum(tl.maximum(rint(tl.div_rn(weight, scale)) + zero_point, 0.0), QMAX)
-        result = code if CODES else (code - zero_point) * scale
-        tl.store(out_ptr + index, result.to(out_ptr.dtype.element_ty), mask=mask)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = group_mask[:, None] & (column < GROUP_SIZE)[None, :]
+    index = group[:, None] * GROUP_SIZE + column[None, :]
+    weight = tl.load(weight_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    code = _clamp(rint(tl.div_rn(weight, scale)) + zero_point, 0.0, QMAX)
+    result = code if CODES else (code - zero_point) * scale
+    tl.store(out_ptr + index, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -174,7 +191,7 @@ def _fake_quant_backward_kernel(
         grad = tl.load(grad_ptr + index, mask=mask, other=0.0).to(tl.float32)
         ratio = tl.div_rn(weight, scale)
         code = rint(ratio) + zero_point
-        clamped = tl.minimum(tl.maximum(code, 0.0), QMAX)
+        clamped = _clamp(code, 0.0, QMAX)
         inside = clamped == code
         d_weight = tl.where(inside, grad, 0.0)
         tl.store(d_weight_ptr + index, d_weight.to(d_weight_ptr.dtype.element_ty), mask=mask)

@@ -14,7 +14,7 @@ from qat_kernels import reference
 
 BothBackends = Callable[[Callable[[], Any]], tuple[Any, Any]]
 
-SHAPES = [(1, 64, 64), (1, 8, -1), (5, 96, 32), (3, 100, -1), (40, 24, 24), (2, 2100, -1)]
+SHAPES = [(1, 64, 64), (1, 8, -1), (5, 96, 32), (3, 100, -1), (40, 24, 24), (3, 192, 96), (2, 2100, -1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # relative to the largest element
 
@@ -131,6 +131,18 @@ def test_constant_grid_of_integers_and_strided_tensors(backend: str, device: str
         torch.autograd.grad(expected, weight, grad_out)[0],
         TOLERANCE[torch.float32],
     )
+
+
+def test_what_is_not_a_number_stays_so(backend: str, device: str) -> None:
+    """A minimum and a maximum that drop a NaN would hide a diverged weight behind a code."""
+    weight = torch.ones(2, 64, device=device)
+    weight[0, 40] = torch.nan
+    scale = torch.ones(2, 2, device=device)
+    scale[1, 0] = torch.nan
+    result = qat_kernels.fake_quant(weight, scale, torch.zeros(2, 2, device=device), bits=4, group_size=32)
+    wrong = torch.zeros(2, 64, dtype=torch.bool, device=device)
+    wrong[0, 40] = wrong[1, :32] = True
+    assert torch.equal(result.isnan(), wrong)
 
 
 def test_saves_its_inputs_and_nothing_else(backend: str, device: str) -> None:
