@@ -5,6 +5,7 @@ The long version, with random points and real models, is benchmarks/survival.py.
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import threading
@@ -95,6 +96,22 @@ def test_an_interrupted_restart_keeps_the_old_result_and_is_continued(chain: Cha
     made = partial.stat().st_ino
     assert chain.launch(chain.command("block-ap", run)).code == 0
     assert (run / "block-ap" / partial.name).stat().st_ino == made
+    assert chain.compare("block-ap", run) == []
+
+
+def test_what_does_not_change_the_result_may_change_on_a_resume(chain: Chain) -> None:
+    """Begun with activations in memory, killed in the second block, ended with all of them in files: the same bits."""
+    run = chain.folder / "moved"
+    shutil.copytree(chain.reference / "calibrate", run / "calibrate")
+    spec = {"under": str(run), "kind": "save", "at": 2, "fault": "kill"}
+    assert chain.launch(chain.command("block-ap", run), spec).code == -signal.SIGKILL
+    cache = ("--set", "block_ap.cache.host_gb=0", "--set", f"block_ap.cache.dir={chain.folder / 'files'}")
+    elsewhere = (*cache, "--device", "cpu", "-v")
+    reserved = {"under": str(chain.folder / "files"), "trace": str(chain.folder / "files.json")}
+    done = chain.launch([*chain.command("block-ap", run), *elsewhere], reserved)
+    assert done.code == 0, done.stderr
+    assert json.loads(Path(reserved["trace"]).read_text())["open"] == 4, "two streams of each set of windows"
+    assert list((chain.folder / "files").iterdir()) == []
     assert chain.compare("block-ap", run) == []
 
 
