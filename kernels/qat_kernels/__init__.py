@@ -11,7 +11,7 @@ tensors (see `dispatch`). Importing this package needs torch only and touches no
 import torch
 from torch import Tensor
 
-from qat_kernels import checks
+from qat_kernels import checks, ops
 from qat_kernels.autograd import FakeQuant, QuantizedMatmul
 from qat_kernels.dispatch import backend_for
 
@@ -49,8 +49,10 @@ def fake_quant(
     """
     checks.check_grid(weight, scale, zero_point, bits, group_size)
     dtype = _float_dtype("out_dtype", out_dtype, default=weight.dtype)
-    backend = backend_for(weight)
-    fake_quantized: Tensor = FakeQuant.apply(weight, scale, zero_point, bits, group_size, dtype, backend)
+    grid = (weight, scale, zero_point, bits, group_size, dtype)
+    if torch.compiler.is_compiling():
+        return ops.fake_quant(*grid)
+    fake_quantized: Tensor = FakeQuant.apply(*grid, backend_for(weight))
     return fake_quantized
 
 
@@ -178,9 +180,12 @@ def quantized_matmul(
         checks.check_shape("bias", bias, (packed.shape[0],))
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    backend = backend_for(x)
-    x_MK = x.reshape(-1, x.shape[-1])
-    y: Tensor = QuantizedMatmul.apply(x_MK, packed, scale, zero_point, bits, group_size, backend, prepared)
+    linear = (x.reshape(-1, x.shape[-1]), packed, scale, zero_point, bits, group_size)
+    y: Tensor
+    if torch.compiler.is_compiling():
+        y = ops.quantized_matmul(*linear, prepared)
+    else:
+        y = QuantizedMatmul.apply(*linear, backend_for(x), prepared)
     y = y.view(*x.shape[:-1], y.shape[1])
     return y if bias is None else y + bias.to(y.dtype)
 

@@ -1,4 +1,6 @@
-"""Which implementation serves a call: Triton for CUDA tensors where Triton is installed, else the torch reference.
+"""Which implementation serves a call: Triton for CUDA tensors where it is installed, compiled C++ on a CPU (`cpu`).
+
+Everything else gets the torch reference, which both also take for what they do not cover.
 
 The environment variable QAT_KERNELS (reference or triton) overrides the choice, for bug reports and for tests; Triton
 on CPU tensors needs TRITON_INTERPRET=1 set before Triton is first imported.
@@ -7,12 +9,12 @@ on CPU tensors needs TRITON_INTERPRET=1 set before Triton is first imported.
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from torch import Tensor
 
-from qat_kernels import bitstream, reference
+from qat_kernels import bitstream, cpu, reference
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ REFERENCE = Backend(
     scale_grad=reference.scale_grad,
 )
 
+CPU = replace(
+    REFERENCE,
+    fake_quant=cpu.fake_quant,
+    fake_quant_backward=cpu.fake_quant_backward,
+    dequantize=cpu.dequantize,
+    quantized_matmul=cpu.quantized_matmul,
+    input_grad=cpu.input_grad,
+    scale_grad=cpu.scale_grad,
+)
+
 
 def backend_for(tensor: Tensor) -> Backend:
     """The backend for an op whose first argument is tensor.
@@ -56,7 +68,7 @@ def backend_for(tensor: Tensor) -> Backend:
         raise ValueError(f"QAT_KERNELS must be reference or triton. Got: {forced!r}")
     if forced == "triton" or (not forced and tensor.is_cuda and _has_triton()):
         return _triton_backend()
-    return REFERENCE
+    return REFERENCE if forced or tensor.is_cuda else CPU
 
 
 @cache
