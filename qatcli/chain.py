@@ -15,10 +15,9 @@ from qatcli.errors import InputError, UsageError
 from qatcli.evaluation.options import ModelOptions, is_recipe, section
 from qatcli.expectations import check
 from qatcli.recipe import Recipe, load_recipe, recipe_name
-from qatcli.runlog import RunLog, duration
+from qatcli.runlog import RunLog, duration, table_width
 from qatcli.stages import choose_device, run_stage
 
-NARROWEST = 140  # columns of a table where there is no terminal to be narrower
 CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")
 
 
@@ -183,7 +182,7 @@ def run_plan(
 
     elsewhere = (device or "").startswith("cuda") and not torch.cuda.is_available()
     plan = make_plan(recipe, torch.device("cuda") if elsewhere else choose_device(device), run_dir)
-    log.console.print(render(plan))
+    log.console.print(render(plan), width=table_width(log.console))
     return {"recipe": recipe_name(recipe_file), **plan}
 
 
@@ -207,9 +206,8 @@ def _print_tables(log: RunLog, metrics: dict[str, Any]) -> None:
     from qatcli.evaluation.tables import tables
 
     if log.verbosity >= 0:
-        width = None if log.console.is_terminal else max(NARROWEST, log.console.width)
         for table in tables(metrics):
-            log.console.print(table, width=width)
+            log.console.print(table, width=table_width(log.console))
 
 
 def _begin(

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qatcli import machine
+from qatcli.runlog import table_width
 
 GIB = 2**30
 OLDEST_PYTHON = (3, 11)
@@ -58,11 +59,19 @@ def examine() -> dict[str, Any]:
         table.add_column(name)
     for f in findings:
         table.add_row(f.state, f"{f.area}: {f.name}", f"{f.text}\n-> {f.fix}" if f.fix else f.text)
-    Console(stderr=True, highlight=False, markup=False).print(table)
-    return {
-        "findings": [asdict(finding) for finding in findings],
-        "broken": [f"{finding.area}: {finding.name}" for finding in findings if finding.state == "broken"],
-    }
+    broken = [f"{f.area}: {f.name}" for f in findings if f.state == "broken"]
+    notes = sum(f.state == "note" for f in findings)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console.print(table, width=table_width(console))
+    console.print(_verdict(broken, notes))
+    return {"findings": [asdict(finding) for finding in findings], "broken": broken}
+
+
+def _verdict(broken: list[str], notes: int) -> str:
+    """The last line: whether qat runs here."""
+    if broken:
+        return f"qat does not run here before this is mended: {', '.join(broken)}"
+    return f"qat runs here; {notes or 'no'} note{'s' * (notes != 1)} on what is optional, small or slow"
 
 
 def _safe(look: Callable[[], Iterator[Finding]]) -> list[Finding]:
@@ -141,17 +150,13 @@ def _devices() -> Iterator[Finding]:
             yield Finding("devices", f"cuda:{index}", "ok" if half else "note", text, fix)
         yield Finding("devices", "CUDA", "ok", f"torch {torch.__version__} for CUDA {torch.version.cuda}")
     elif driver.exists() or shutil.which("nvidia-smi"):
-        yield Finding("devices", "CUDA", "note", f"there is an NVIDIA driver, but torch sees no GPU: {_why_no_cuda()}")
+        built = f"is for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
+        text = f"there is an NVIDIA driver, but torch sees no GPU: torch {torch.__version__} {built}"
+        fix = "update the driver, or check CUDA_VISIBLE_DEVICES" if torch.version.cuda else INSTALL_TORCH
+        yield Finding("devices", "CUDA", "note", text, fix)
     else:
-        yield Finding("devices", "CUDA", "note", "no GPU: small models only", "models beyond 1B need one")
-
-
-def _why_no_cuda() -> str:
-    import torch
-
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a CPU build; {INSTALL_TORCH}"
-    return f"torch is for CUDA {torch.version.cuda}; update the driver, or check CUDA_VISIBLE_DEVICES"
+        fix = "quantize models beyond about a billion parameters on a machine with an NVIDIA GPU"
+        yield Finding("devices", "CUDA", "note", "no GPU: every stage runs on the CPU", fix)
 
 
 def _kernels() -> Iterator[Finding]:
@@ -163,7 +168,7 @@ def _kernels() -> Iterator[Finding]:
     fix = "this torch computes wrongly on this CPU: install the versions of constraints.txt" if wrong else ""
     yield Finding("kernels", "reference", "broken" if wrong else "ok", wrong or "packs, unpacks and rounds right", fix)
     if not torch.cuda.is_available():
-        yield Finding("kernels", "triton", "note", f"{_version('triton') or 'not installed'}; used on a GPU only")
+        yield Finding("kernels", "triton", "ok", f"{_version('triton') or 'not installed'}; used on a GPU only")
         return
     device = torch.device("cuda")
     if backend_for(torch.empty(1, device=device)) is REFERENCE:

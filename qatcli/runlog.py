@@ -21,9 +21,10 @@ from qatcli.interrupts import check
 from qatcli.progress import Bar, Every, display, duration
 from qatcli.trackers import Tracker
 
-__all__ = ["RunLog", "duration"]
+__all__ = ["RunLog", "duration", "table_width"]
 
 LONGEST_VALUE = 80  # characters of a value that -v prints
+NARROWEST = 140  # columns of a table where there is no terminal to be narrower
 
 
 class RunLog:
@@ -97,6 +98,11 @@ class RunLog:
             due()
             self.event("progress", **bar.record())
             yield bar
+
+
+def table_width(console: Console) -> int | None:
+    """Columns for tables on `console`; None leaves them to the terminal."""
+    return None if console.is_terminal else max(NARROWEST, console.width)
 
 
 def _short(value: Any) -> str:

@@ -28,7 +28,9 @@ def test_this_environment_runs() -> None:
     areas = {finding["area"] for finding in found["findings"]}
     assert areas == {"python", "packages", "extras", "devices", "kernels", "memory", "caches", "disk"}
     assert all(finding["text"] for finding in found["findings"])
+    assert all(finding["fix"] for finding in found["findings"] if finding["state"] != "ok")
     assert "reference" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("qat runs here; ")
 
 
 def test_what_prevents_running_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +38,21 @@ def test_what_prevents_running_fails_the_command(monkeypatch: pytest.MonkeyPatch
     result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 1
     assert "kernels: reference" in json.loads(result.stdout)["broken"]
+    assert result.stderr.splitlines()[-1] == "qat does not run here before this is mended: kernels: reference"
+
+
+@pytest.mark.parametrize(("cuda", "fix"), [(None, "install a CUDA build"), ("13.0", "update the driver")])
+def test_a_driver_without_a_gpu_in_torch_has_its_fix(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, fix: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    found = next(finding for finding in doctor._devices() if finding.name == "CUDA")
+    assert found.state == "note"
+    assert found.fix.startswith(fix)
 
 
 def test_an_examination_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
