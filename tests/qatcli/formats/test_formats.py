@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qatcli.errors import InputError, QatError, ResourceError, VerificationError
+from qatcli.errors import QatError, VerificationError
 from qatcli.formats import FORMATS, ExportOptions, require_passed
 from qatcli.packed import PackedCheckpoint
 from qatcli.shards import shard_map
@@ -316,36 +315,6 @@ def test_truncated_file_is_a_difference_not_a_crash(packed: Packed, tmp_path: Pa
     file = tmp_path / "out" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert not FORMATS["gptq"].verify(packed(2), tmp_path / "out", INTEGERS_ONLY).passed
-
-
-@pytest.mark.parametrize(
-    ("name", "function", "error"),
-    [
-        ("gptq", "qatcli.shards.save_file", OSError(errno.ENOSPC, "No space left on device")),
-        ("gguf", "gguf.GGUFWriter.write_tensor_data", OSError("Not enough free space to write 64 bytes")),
-        ("gguf", "gguf.GGUFWriter.write_tensor_data", OSError("64 requested and 7 written")),
-    ],
-)
-def test_nothing_is_left_when_the_disk_is_full(
-    packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, function: str, error: OSError
-) -> None:
-    def no_space(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(function, no_space)
-    with pytest.raises(ResourceError, match="no space left"):
-        FORMATS[name].write(packed(2), tmp_path / "out", INTEGERS_ONLY)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_left_over_of_a_killed_run_is_replaced_and_a_finished_export_is_not(packed: Packed, tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "half").write_text("x")
-    FORMATS["native"].write(packed(2), tmp_path / "out", INTEGERS_ONLY)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    assert not (tmp_path / "out" / "half").exists()
-    with pytest.raises(InputError, match="exists already"):
-        FORMATS["native"].write(packed(2), tmp_path / "out", INTEGERS_ONLY)
 
 
 def test_scales_that_fp16_cannot_hold_are_refused(
