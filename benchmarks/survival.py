@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "survival"))
 
+from cases import CASES  # noqa: E402
 from harness import (  # noqa: E402
     DISK,
     SIGNALLED,
@@ -39,7 +40,7 @@ from harness import (  # noqa: E402
     summary,
     table,
 )
-from hostile import CASES, attempt  # noqa: E402
+from hostile import attempt  # noqa: E402
 
 PARTS = ("the old cat", "a red bird", "my sister", "sees the sea.", "hears a song.", "eats some bread.")
 
@@ -158,7 +159,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=48)
     parser.add_argument("--signals", type=int, default=18)
     parser.add_argument("--disk", type=int, default=24, help="full, failing and read-only disks")
-    parser.add_argument("--inputs", action="store_true", help="the bad inputs of tests/survival/hostile.py")
+    parser.add_argument("--inputs", action="store_true", help="the bad inputs of tests/survival/cases_*.py")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -108,7 +108,8 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
+        hint = "restore the file, or make the directory it is in again, a stage with --restart"
+        raise InputError(f"{file} cannot be read: {error}", hint=hint) from error
 
 
 def write_index(path: Path, weight_map: dict[str, str], total_size: int) -> None:

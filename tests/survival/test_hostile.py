@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cases import CASES
 from harness import Chain
-from hostile import CASES, Case, attempt
+from hostile import Case, attempt
 
 
 @pytest.mark.parametrize("bad", CASES, ids=lambda bad: bad.name)
