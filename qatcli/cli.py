@@ -102,7 +102,9 @@ def evaluate(
     ],
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", metavar="FILE", help="Models: text for perplexity, or wikitext2, c4; repeatable."),
+        typer.Option(
+            "--text", metavar="FILE", help="Models: text for perplexity, or wikitext2[=FILE], c4[=FILE]; repeatable."
+        ),
     ] = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", help="Models: tokens per window.")] = None,
     windows: Annotated[int | None, typer.Option("--windows", help="Models: windows per text.")] = None,

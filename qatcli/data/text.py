@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from qatcli.data.files import read_text
+from qatcli.data.files import read_rows, read_text
 from qatcli.data.sources import load_hub
 from qatcli.data.tokens import Tokens, encode_text
 from qatcli.errors import InputError
@@ -21,15 +21,17 @@ _C4_WINDOWS = 256
 _C4_SHARD = "en/c4-validation.00000-of-00008.json.gz"
 
 
-def text_tokens(source: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+def text_tokens(source: str, tokenizer: PreTrainedTokenizerBase, *, file: str | None = None) -> torch.Tensor:
     """The evaluation text as one token stream, int64 [n], with the special tokens the tokenizer adds by default.
 
     source: "wikitext2" (the raw test split from the hub, lines joined by two newlines), or a local text file, whole.
-    Raises InputError when it cannot be read. C4 is not a stream: see `c4_windows`.
+    file: a local copy of wiki.test.raw, instead of the hub. Raises InputError when it cannot be read. C4 is not a
+    stream: see `c4_windows`.
     """
     if source == "wikitext2":
-        rows = load_hub("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-        text = "\n\n".join(rows["text"])
+        hub = {"name": "wikitext-2-raw-v1", "split": "test"}
+        rows = _lines(Path(file)) if file else load_hub("Salesforce/wikitext", **hub)["text"]
+        text = "\n\n".join(rows)
     elif Path(source).expanduser().is_file():
         text = read_text(Path(source).expanduser())
     else:
@@ -52,14 +54,15 @@ def evaluation_windows(tokens: torch.Tensor, seq_len: int, windows: int | None =
     return tokens[: count * seq_len].reshape(count, seq_len)
 
 
-def c4_windows(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> torch.Tensor:
+def c4_windows(tokenizer: PreTrainedTokenizerBase, seq_len: int, *, file: str | None = None) -> torch.Tensor:
     """The paper's C4 windows, int64 [256, seq_len]: random ones of the first validation shard, seed 0.
 
-    The draws repeat those of the GPTQ code that published C4 perplexities use, which is why they are Python's
-    `random` and not numpy's. Raises InputError when the shard cannot be read or no document is long enough.
+    file: a local copy of that shard, instead of the hub. The draws repeat those of the GPTQ code that published C4
+    perplexities use, which is why they are Python's `random` and not numpy's. Raises InputError when the shard cannot
+    be read or no document is long enough.
     """
-    rows = load_hub("allenai/c4", None, data_files={"validation": _C4_SHARD}, split="validation")
-    texts = rows["text"]
+    hub = {"name": None, "data_files": {"validation": _C4_SHARD}, "split": "validation"}
+    texts = _documents(Path(file)) if file else load_hub("allenai/c4", **hub)["text"]
     if not any(len(text.encode()) >= seq_len and len(encode_text(tokenizer, text)) >= seq_len for text in texts):
         raise InputError(f"no C4 validation document has {seq_len} tokens", hint="lower `seq_len`")
     draw = random.Random(0)
@@ -70,3 +73,18 @@ def c4_windows(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> torch.Tensor
             start = draw.randint(0, max(0, len(tokens) - seq_len - 1))
             cut.append(tokens[start : start + seq_len])
     return torch.from_numpy(np.stack(cut).astype(np.int64))
+
+
+def _lines(file: Path) -> list[str]:
+    """The rows that the hub makes of WikiText's raw files: lines with their ends, and blank ones empty."""
+    text = read_text(file.expanduser()).replace("\r\n", "\n")
+    return [f"{line}\n" if line.strip() else "" for line in text.removesuffix("\n").split("\n")]
+
+
+def _documents(file: Path) -> list[str]:
+    """The documents of a file of rows."""
+    texts = [(where, row.get("text")) for where, row in read_rows(file.expanduser())]
+    for where, text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"{where}: has no `text`", hint="give C4's shard as the hub has it")
+    return [str(text) for _, text in texts]

@@ -197,17 +197,20 @@ def _fast(subject: Subject, device: torch.device, dtype: torch.dtype) -> Any:
 
 def _windows(text: PerplexityText, tokenizer: Any) -> Tensor:
     if text.source == "c4":
-        return torch.as_tensor(c4_windows(tokenizer, text.seq_len))[: text.windows]
-    return torch.as_tensor(evaluation_windows(text_tokens(text.source, tokenizer), text.seq_len, text.windows))
+        return torch.as_tensor(c4_windows(tokenizer, text.seq_len, file=text.file))[: text.windows]
+    tokens = text_tokens(text.source, tokenizer, file=text.file)
+    return torch.as_tensor(evaluation_windows(tokens, text.seq_len, text.windows))
 
 
 def _protocol(text: PerplexityText, windows: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    cut = "random windows, seed 0" if text.source == "c4" else "the first windows, none overlap"
+    read = {"wikitext2": "test split, lines joined by two newlines", "c4": "first validation shard"}
+    first = "all windows" if text.windows is None else "the first windows"
     return {
-        "source": text.source,
+        "source": text.source if text.file is None else f"{text.source} ({text.file})",
+        "read": read.get(text.source, "the whole file"),
         "context": windows.shape[1],
         "windows": len(windows),
-        "cut": cut,
+        "cut": "random places of random documents, seed 0" if text.source == "c4" else f"{first}, none overlap",
         "compute": _name(dtype),
     }
 

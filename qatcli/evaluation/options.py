@@ -47,7 +47,7 @@ def section(options: ModelOptions) -> EvalSection:
     window = {"seq_len": options.seq_len, "windows": options.windows}
     asked = {key: value for key, value in window.items() if value is not None}
     content = {
-        "perplexity": [{"name": _name(text), "source": text, **asked} for text in texts],
+        "perplexity": [{**_text(text), **asked} for text in texts],
         "kl": options.against is not None,
         "zero_shot": None if options.zero_shot is None else _zero_shot(options),
         **({"speed": None} if options.no_speed else {}),
@@ -59,8 +59,12 @@ def section(options: ModelOptions) -> EvalSection:
         raise UsageError("\n".join(lines), hint="`qat eval --help` lists the options") from error
 
 
-def _name(text: str) -> str:
-    return text if text in BUILT_IN_TEXTS else Path(text).stem
+def _text(given: str) -> dict[str, str]:
+    """`wikitext2`, `wikitext2=FILE` for a local copy of what it reads, or a file."""
+    name, _, file = given.partition("=")
+    if name not in BUILT_IN_TEXTS:
+        return {"name": Path(given).stem, "source": given}
+    return {"name": name, "source": name, **({"file": file} if file else {})}
 
 
 def _zero_shot(options: ModelOptions) -> dict[str, object]:

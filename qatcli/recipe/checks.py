@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from qatcli.errors import RecipeError
-from qatcli.recipe.locations import is_local
+from qatcli.recipe.locations import BUILT_IN_TEXTS, is_local
 from qatcli.recipe.problems import Key, Problem, nearest
 from qatcli.recipe.schema import BlockApSection, E2eQpSection, Recipe
 
@@ -132,6 +132,13 @@ def _metric_names_differ(recipe: Recipe) -> Iterator[Problem]:
         seen.add(text.name)
 
 
+def _copies_are_of_built_in_texts(recipe: Recipe) -> Iterator[Problem]:
+    for index, text in enumerate(recipe.eval.perplexity):
+        if text.file is not None and text.source not in BUILT_IN_TEXTS:
+            what = f"is a local copy of {' or '.join(BUILT_IN_TEXTS)}; `source` already is a file"
+            yield Problem(("eval", "perplexity", index, "file"), what, text.file)
+
+
 def _expected_is_measured(recipe: Recipe) -> Iterator[Problem]:
     section = recipe.eval
     texts = [text.name for text in section.perplexity]
@@ -161,6 +168,7 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (_rates_match_units, ("method", *(f"{s}.{key}" for s in ("block_ap", "e2e_qp") for key in _RATES))),
     (_trained_have_rates, ("e2e_qp.train", "e2e_qp.lr_scales", "e2e_qp.lr_norms")),
     (_metric_names_differ, ("eval.perplexity",)),
+    (_copies_are_of_built_in_texts, ("eval.perplexity",)),
     (_expected_is_measured, ("eval", "expect")),
 )
 """Every check with the keys that it reads."""

@@ -287,6 +287,8 @@ class PerplexityText(Section):
     """Name of the metric, used in the report and in `expect`."""
     source: Text
     """`wikitext2` (test split), `c4` (validation), or the path of a text file."""
+    file: Text | None = None
+    """Local copy of what `wikitext2` or `c4` reads from the hub: `wiki.test.raw`, C4's first validation shard."""
     seq_len: Annotated[int, Number, Field(ge=8)] = 2048
     """Tokens per window."""
     windows: Count | None = None

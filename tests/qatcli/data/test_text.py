@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qatcli.data import c4_windows, evaluation_windows, text_tokens
 from qatcli.errors import InputError
@@ -39,6 +41,28 @@ def test_wikitext2_lines_are_joined(monkeypatch: pytest.MonkeyPatch, number_toke
     asked = serve(monkeypatch, ["", " 1 2\n", "3"])
     assert text_tokens("wikitext2", number_tokenizer).tolist() == [3, 4, 5]
     assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"})]
+
+
+def test_a_copy_of_wikitext2_gives_the_rows_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    raw = " \n = Title = \n \n One line \x85 of two \u2028 halves . \n"
+    (tmp_path / "unix.raw").write_bytes(raw.encode())
+    (tmp_path / "dos.raw").write_bytes(raw.replace("\n", "\r\n").encode())
+    serve(monkeypatch, ["", " = Title = \n", "", " One line \x85 of two \u2028 halves . \n"])
+    hub = text_tokens("wikitext2", chat_tokenizer)
+    assert len(hub) > 30
+    for name in ("unix.raw", "dos.raw"):
+        assert torch.equal(text_tokens("wikitext2", chat_tokenizer, file=str(tmp_path / name)), hub)
+
+
+def test_wikitext2_has_as_many_tokens_as_others_count(qat_data: Path) -> None:
+    """341,469 tokens of Llama-2's tokenizer: what GPTQ's code and its descendants say in their warnings."""
+    folder = qat_data.parent / "models" / "stories15M"
+    if not folder.is_dir():
+        pytest.skip(f"no model with Llama-2's tokenizer at {folder}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(text_tokens("wikitext2", tokenizer, file=str(qat_data / "ppl" / "wiki.test.raw"))) == 341_469
 
 
 @pytest.mark.parametrize("source", ["c4", "nowhere.txt", "."])
@@ -93,3 +117,17 @@ def test_c4_without_a_long_document(monkeypatch: pytest.MonkeyPatch, number_toke
 def test_a_real_file(qat_data: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
     path = qat_data / "ppl" / "tinystories.txt"
     assert len(text_tokens(str(path), chat_tokenizer)) == path.stat().st_size + 1
+
+
+def test_a_copy_of_c4_gives_the_windows_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    texts = [" ".join(map(str, range(start, start + 20))) for start in (0, 50, 100)]
+    copy = tmp_path / "c4-validation.00000-of-00008.json.gz"
+    copy.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
+    serve(monkeypatch, texts)
+    hub = c4_windows(number_tokenizer, 11)
+    assert torch.equal(c4_windows(number_tokenizer, 11, file=str(copy)), hub)
+    copy.write_bytes(gzip.compress(b'{"text": "1 2"}\n{"txt": "3"}\n'))
+    with pytest.raises(InputError, match="line 2: has no `text`"):
+        c4_windows(number_tokenizer, 11, file=str(copy))

@@ -35,6 +35,13 @@ def test_options_are_the_keys_of_a_recipe(tmp_path: Path) -> None:
     assert (found.zero_shot.data, found.zero_shot.limit) == (str(tmp_path), 7)
 
 
+def test_a_local_copy_of_a_built_in_text(tmp_path: Path) -> None:
+    (tmp_path / "wiki.test.raw").write_text("text")
+    copy = str(tmp_path / "wiki.test.raw")
+    (text,) = section(ModelOptions((f"wikitext2={copy}",))).perplexity
+    assert (text.name, text.source, text.file, text.seq_len) == ("wikitext2", "wikitext2", copy, 2048)
+
+
 def test_tasks_alone_measure_no_text() -> None:
     found = section(ModelOptions(zero_shot="paper"))
     assert found.perplexity == ()
@@ -50,6 +57,7 @@ def test_tasks_alone_measure_no_text() -> None:
         (ModelOptions(limit=3), "--limit needs --zero-shot"),
         (ModelOptions(data="."), "--data needs --zero-shot"),
         (ModelOptions(text=("nowhere.txt",)), "nowhere.txt"),
+        (ModelOptions(text=("c4=nowhere.json",)), "nowhere.json"),
         (ModelOptions(seq_len=2), "seq_len"),
         (ModelOptions(windows=0), "windows"),
         (ModelOptions(zero_shot="paper", data="nowhere"), "no such folder"),

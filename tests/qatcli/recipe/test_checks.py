@@ -38,6 +38,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"e2e_qp": {"lr_scales": 0}}, "e2e_qp.lr_scales", "must be above 0, or take scales out of"),
     ({"e2e_qp": {"lr_norms": 0.02}}, "e2e_qp.lr_norms", "has no effect: add norms"),
     ({"eval": {"perplexity": [{"name": "a", "source": "c4"}] * 2}}, "eval.perplexity.1.name", "used by an earlier"),
+    (
+        {"eval": {"perplexity": [{"name": "a", "source": "./a.txt", "file": "./b.txt"}]}},
+        "eval.perplexity.0.file",
+        "local copy of wikitext2 or c4",
+    ),
     ({"expect": {"wikitxt2": {"value": 6.8}}}, "expect.wikitxt2", "not measured by `eval`; did you mean wikitext2?"),
     ({"expect": {"piqa": {"value": 0.7}}}, "expect.piqa", "not measured by `eval`"),
     (
