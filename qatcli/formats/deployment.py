@@ -51,10 +51,9 @@ def where_merged(checkpoint: PackedCheckpoint, rows: list[Deployment]) -> list[D
     for name in checkpoint.modules:
         parent, _, leaf = name.rpartition(".")
         parts = next((parts for parts in MERGED.values() if leaf in parts), (leaf,))
-        kinds = {
-            (q.bits, q.group_size) if (q := checkpoint.modules.get(f"{parent}.{part}")) else None for part in parts
-        }
-        if len(kinds) > 1:
+        there = [linear for part in parts if _exists(checkpoint, linear := f"{parent}.{part}")]
+        found = [checkpoint.modules.get(linear) for linear in there]
+        if len({quant and (quant.bits, quant.group_size) for quant in found}) > 1:
             remark = f"does not run it: it merges {', '.join(parts)}, which differ in {parent}; export dense"
             kept = [row for row in rows if row.runtime not in _MERGING]
             return [*kept, *(Deployment(runtime, "all", "", remark) for runtime in _MERGING)]
@@ -137,6 +136,10 @@ def dense() -> list[Deployment]:
         Deployment("SGLang", "all", _sglang()),
         Deployment("any other tool", "", "", "an ordinary half-precision Hugging Face checkpoint"),
     ]
+
+
+def _exists(checkpoint: PackedCheckpoint, linear: str) -> bool:
+    return linear in checkpoint.modules or f"{linear}.weight" in checkpoint.shards
 
 
 def _sglang(flags: str = "") -> str:
