@@ -12,7 +12,6 @@
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
-typedef uint8_t Bytes __attribute__((vector_size(8)));
 typedef uint16_t bfloat16;
 
 namespace {
@@ -111,9 +110,11 @@ template <int BITS> inline Ints decode(const uint8_t* row, int64_t unit) {
 }
 
 template <> inline Ints decode<8>(const uint8_t* row, int64_t unit) {
-    Bytes codes;
-    memcpy(&codes, row + unit * 8, 8);
-    return __builtin_convertvector(codes, Ints);
+    const Words shifts = {0, 8, 16, 24, 0, 8, 16, 24};
+    uint32_t word[2];
+    memcpy(word, row + unit * 8, 8);
+    const Words words = {word[0], word[0], word[0], word[0], word[1], word[1], word[1], word[1]};
+    return Ints((words >> shifts) & 0xff);
 }
 
 inline float sum(const Floats& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }

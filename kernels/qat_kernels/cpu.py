@@ -33,9 +33,7 @@ def fake_quant(
     """As `reference.fake_quant`, equal to it bit for bit."""
     compiled = _compiled(weight) if weight.dtype == torch.float32 and _storable(out_dtype) else None
     if compiled is None:
-        return reference.fake_quant(
-            weight, scale, zero_point, bits=bits, group_size=group_size, out_dtype=out_dtype
-        )
+        return reference.fake_quant(weight, scale, zero_point, bits=bits, group_size=group_size, out_dtype=out_dtype)
     weight, scale, zero_point = weight.contiguous(), _floats(scale), _floats(zero_point)
     out = torch.empty(weight.shape, dtype=out_dtype)
     compiled.qat_fake_quant(
@@ -50,9 +48,7 @@ def fake_quant_backward(
     """As `reference.fake_quant_backward`; the sums over groups differ from it by their order."""
     compiled = _compiled(weight) if weight.dtype == torch.float32 and _storable(grad_out.dtype) else None
     if compiled is None:
-        return reference.fake_quant_backward(
-            grad_out, weight, scale, zero_point, bits=bits, group_size=group_size
-        )
+        return reference.fake_quant_backward(grad_out, weight, scale, zero_point, bits=bits, group_size=group_size)
     grad_out, weight = grad_out.contiguous(), weight.contiguous()
     scale_floats, zero_floats = _floats(scale), _floats(zero_point)
     d_weight, d_scale, d_zero = (torch.empty_like(tensor) for tensor in (weight, scale_floats, zero_floats))
@@ -85,7 +81,11 @@ def dequantize(
     packed, scale, zero_point = packed.contiguous(), _floats(scale), zero_point.contiguous()
     out = torch.empty(packed.shape[0], in_features, dtype=dtype)
     compiled.qat_dequantize(
-        *_addresses(packed, scale, zero_point, out), _is_bf16(out), *_layout(packed, scale, in_features), bits, _threads()
+        *_addresses(packed, scale, zero_point, out),
+        _is_bf16(out),
+        *_layout(packed, scale, in_features),
+        bits,
+        _threads(),
     )
     return out
 
@@ -117,7 +117,11 @@ def quantized_matmul(
     x_floats, packed, scale, zero_point = _floats(x), packed.contiguous(), _floats(scale), zero_point.contiguous()
     y = torch.empty(rows, packed.shape[0], dtype=torch.float32)
     compiled.qat_matmul(
-        *_addresses(x_floats, packed, scale, zero_point, y), rows, *_layout(packed, scale, in_features), bits, _threads()
+        *_addresses(x_floats, packed, scale, zero_point, y),
+        rows,
+        *_layout(packed, scale, in_features),
+        bits,
+        _threads(),
     )
     return y.to(x.dtype)
 

@@ -47,7 +47,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _built() -> Path:
-    """The shared library in the cache; built there unless source, compiler and processor are those of an earlier one."""
+    """The shared library in the cache; built there unless source, compiler and processor are those of one there."""
     compiler = _compiler()
     made_of = (SOURCE.read_text(), *FLAGS, compiler, str(os.stat(compiler).st_mtime_ns), _processor())
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
@@ -77,4 +77,6 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    )

@@ -19,29 +19,46 @@ from qat_kernels.reference import MAX_SCALE, MIN_SCALE
 from qat_kernels.tiles import group_tile
 
 
+Settings = dict[str, int]
+
+
 def fake_quant(
-    weight: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, group_size: int, out_dtype: torch.dtype
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    out_dtype: torch.dtype,
+    use: Settings | None = None,
 ) -> Tensor:
-    """See `reference.fake_quant`."""
+    """See `reference.fake_quant`. `use` replaces the settings of `tuning`: elements per program, num_warps."""
     out = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
-    _launch_forward(out, weight, scale, zero_point, bits=bits, group_size=group_size, codes=False)
+    _launch_forward(out, weight, scale, zero_point, bits=bits, group_size=group_size, codes=False, use=use)
     return out
 
 
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, group_size: int) -> Tensor:
     """See `reference.quantize`."""
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    _launch_forward(codes, weight, scale, zero_point, bits=bits, group_size=group_size, codes=True)
+    _launch_forward(codes, weight, scale, zero_point, bits=bits, group_size=group_size, codes=True, use=None)
     return codes
 
 
 def fake_quant_backward(
-    grad_out: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, group_size: int
+    grad_out: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    use: Settings | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.fake_quant_backward`."""
+    """See `reference.fake_quant_backward`, and `fake_quant` for `use`."""
     weight, scale, zero_point, grad_out = (t.contiguous() for t in (weight, scale, zero_point, grad_out))
     d_weight, d_scale, d_zero_point = (torch.empty_like(t) for t in (weight, scale, zero_point))
-    tile = _Tile(weight, "fake_quant_backward", bits, group_size)
+    tile = _Tile(weight, "fake_quant_backward", bits, group_size, use)
     with torch.cuda.device_of(weight):
         _fake_quant_backward_kernel[(triton.cdiv(tile.n_groups, tile.groups),)](
             d_weight,
@@ -65,9 +82,17 @@ def fake_quant_backward(
 
 
 def _launch_forward(
-    out: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, group_size: int, codes: bool
+    out: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    codes: bool,
+    use: Settings | None,
 ) -> None:
-    tile = _Tile(weight, "fake_quant", bits, group_size)
+    tile = _Tile(weight, "fake_quant", bits, group_size, use)
     steps = triton.cdiv(tile.group_size, tile.columns)
     with torch.cuda.device_of(weight):
         _fake_quant_kernel[(triton.cdiv(tile.n_groups, tile.groups), steps)](
@@ -91,9 +116,9 @@ def _launch_forward(
 class _Tile:
     """How a weight is cut: n_groups groups of group_size; groups per program, columns per step, warps."""
 
-    def __init__(self, weight: Tensor, kernel: str, bits: int, group_size: int) -> None:
+    def __init__(self, weight: Tensor, kernel: str, bits: int, group_size: int, use: Settings | None) -> None:
         rows, row = weight.shape
-        use = tuning.table_for(weight.device).pick(kernel, bits=bits, m=0, n=rows, k=row)
+        use = use or tuning.table_for(weight.device).pick(kernel, bits=bits, m=0, n=rows, k=row)
         self.group_size = row if group_size == -1 else group_size
         self.n_groups = weight.numel() // self.group_size
         self.groups, self.columns = group_tile(self.group_size, use["elements"])

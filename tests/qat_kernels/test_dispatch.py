@@ -17,11 +17,11 @@ def backend_name(*, is_cuda: bool) -> str:
     return dispatch.backend_for(SimpleNamespace(is_cuda=is_cuda)).fake_quant.__module__.rpartition(".")[2]
 
 
-def test_cuda_tensors_get_triton_and_others_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_tensors_get_triton_and_others_what_is_compiled_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.delenv("QAT_KERNELS", raising=False)
     assert backend_name(is_cuda=True) == "triton_fake_quant"
-    assert backend_name(is_cuda=False) == "reference"
+    assert backend_name(is_cuda=False) == "cpu"
 
 
 def test_cuda_tensors_get_the_reference_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
