@@ -70,7 +70,8 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     package = ROOT / "kernels" / "qat_kernels"
     report = ROOT / "qatcli" / "report"
     wanted += [path.relative_to(ROOT) for path in [*report.glob("*.css"), *report.glob("*.jinja")]]
-    wanted += [path.relative_to(package.parent) for path in [*package.rglob("*.py"), *package.glob("configs/*.json")]]
+    files = [path for pattern in ("*.py", "*.cpp", "configs/*.json") for path in package.rglob(pattern)]
+    wanted += [path.relative_to(package.parent) for path in files]
     assert sorted(packed) == sorted(map(Path.as_posix, wanted))
     assert {"qatcli/__main__.py", "qatcli/stages/__init__.py", "qat_kernels/reference.py"} <= set(packed)
 

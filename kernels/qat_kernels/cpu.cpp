@@ -49,7 +49,7 @@ struct Grid {
 
     Grid(float s, float z, int bits) {
         float qmax = float((1 << bits) - 1), zero = clamp(rintf(z), 0.0f, qmax);
-        scale = clamp(s, MIN_SCALE, MAX_SCALE);
+        scale = zero == zero ? clamp(s, MIN_SCALE, MAX_SCALE) : zero;
         lowest = -zero;
         highest = qmax - zero;
     }
