@@ -13,10 +13,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from _typeshed import UnraisableHookArgs
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _arrived: list[int] = []
@@ -76,7 +72,7 @@ def write_in_hand() -> Iterator[None]:
             signal.raise_signal(held[0])
 
 
-def _unless_remembered(dropped: UnraisableHookArgs) -> None:
+def _unless_remembered(dropped: sys.UnraisableHookArgs) -> None:
     """Show a traceback for an exception that Python had to drop, but not for the one that `check` will raise."""
     if not issubclass(dropped.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(dropped)
