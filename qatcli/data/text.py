@@ -29,8 +29,8 @@ def text_tokens(source: str, tokenizer: PreTrainedTokenizerBase, *, file: str | 
     stream: see `c4_windows`.
     """
     if source == "wikitext2":
-        hub = {"name": "wikitext-2-raw-v1", "split": "test"}
-        rows = _lines(Path(file)) if file else load_hub("Salesforce/wikitext", **hub)["text"]
+        wikitext = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+        rows = _lines(Path(file)) if file else load_hub(*wikitext, split="test")["text"]
         text = "\n\n".join(rows)
     elif Path(source).expanduser().is_file():
         text = read_text(Path(source).expanduser())
@@ -61,8 +61,10 @@ def c4_windows(tokenizer: PreTrainedTokenizerBase, seq_len: int, *, file: str | 
     perplexities use, which is why they are Python's `random` and not numpy's. Raises InputError when the shard cannot
     be read or no document is long enough.
     """
-    hub = {"name": None, "data_files": {"validation": _C4_SHARD}, "split": "validation"}
-    texts = _documents(Path(file)) if file else load_hub("allenai/c4", **hub)["text"]
+    if file:
+        texts = _documents(Path(file))
+    else:
+        texts = load_hub("allenai/c4", None, data_files={"validation": _C4_SHARD}, split="validation")["text"]
     if not any(len(text.encode()) >= seq_len and len(encode_text(tokenizer, text)) >= seq_len for text in texts):
         raise InputError(f"no C4 validation document has {seq_len} tokens", hint="lower `seq_len`")
     draw = random.Random(0)
