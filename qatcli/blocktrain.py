@@ -128,13 +128,14 @@ def validation_loss(
     block: nn.Module, windows: Windows, arguments: dict[str, Any], kind: str, batch_size: int, device: torch.device
 ) -> float:
     """Mean loss over held-out windows."""
-    total = 0.0
+    losses = []
     batches = in_order(len(windows.inputs), batch_size)
     for inputs, target in read_batches((windows.inputs, windows.targets), batches, device):
         with autocast(device, inputs.dtype):
             output = run_block(block, inputs, arguments)
-        total += float(block_loss(output, target, kind)) * len(inputs)
-    return total / len(windows.inputs)
+        losses.append(block_loss(output, target, kind))
+    counts = [len(rows) for rows in batches]
+    return sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True)) / sum(counts)
 
 
 def train_block(
@@ -178,14 +179,16 @@ def train_block(
                 output = run_block(block, inputs.to(stepper.dtype), arguments)
             loss = block_loss(output, targets, config.loss)
             stepper.backward(loss)
-            if stepper.finish(loss_finite=bool(torch.isfinite(loss))):
-                total += loss.detach()
+            total += torch.where(stepper.finish(loss), loss.detach(), 0)
             rate, tokens = stepper.optimizer.param_groups[0]["lr"], inputs[..., 0].numel()
-            progress(f"loss {float(loss.detach()):.4g}", part=step / schedule.steps, lr=rate, tokens=tokens)
-            result.backoffs = stepper.backoffs
+            progress(f"loss {stepper.loss:.4g}", part=step / schedule.steps, lr=rate, tokens=tokens)
             if stepper.exhausted:
-                result.after = stepper.best_loss
-                return result
+                break
+        stepper.settle()
+        result.backoffs = stepper.backoffs
+        if stepper.exhausted:
+            result.after = stepper.best_loss
+            return result
         result.epochs.append(float(total) / steps_per_epoch)
         result.validation.append(validate())
         stepper.offer(result.validation[-1])

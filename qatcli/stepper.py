@@ -3,18 +3,25 @@
 Both training stages step through here. A loss or gradient that is not finite puts the best iterate back and goes on
 in fp32 at half the rate; after `TRIES` of these training stops at that iterate. In fp16 gradients overflow as a matter
 of course while the loss scale finds its size; such a step is skipped and the scale halved, which is no failure.
+
+Nothing here waits for a GPU. Whether an update is finite is decided where it is computed: the optimizer's kernel leaves
+the parameters alone when it is not. The host reads that a step late, when it is long there, and backs off then; what
+the step between has done is undone with the rest. On a CPU, where there is nothing to wait for, it reads at once.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qatcli.training import Schedule, adamw, autocast, gradients_finite, restore, snapshot
+from qatcli.training import Schedule, adamw, autocast, restore, snapshot
 
 TRIES = 3
+LAG_ON_GPU = 1  # updates between making a verdict and reading it
 
 
 class Stepper:
@@ -28,12 +35,17 @@ class Stepper:
         dtype: torch.dtype,
         device: torch.device,
         grad_clip: float | None,
+        lag: int | None = None,
     ) -> None:
         self.optimizer = adamw(groups)
         self.parameters: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.schedule, self.grad_clip, self.device = schedule, grad_clip, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.backoffs = 0
+        self.loss = float("nan")
+        """That of the latest update that was read back."""
+        self._lag = (0 if device.type == "cpu" else LAG_ON_GPU) if lag is None else lag
+        self._unread: deque[tuple[Tensor, Any]] = deque()
         self.best, self.best_loss = snapshot(self.parameters), float("inf")
         self._dtype = dtype
 
@@ -61,19 +73,28 @@ class Stepper:
         """Add the gradients of `loss`."""
         self.scaler.scale(loss).backward()
 
-    def finish(self, *, loss_finite: bool) -> bool:
-        """Clip and step; False when the update was left out."""
+    def finish(self, loss: Tensor) -> Tensor:
+        """Clip and step, unless `loss` (a scalar) or a gradient is not finite; bool on the device: whether it did."""
         self.scaler.unscale_(self.optimizer)
-        gradients = loss_finite and gradients_finite(self.parameters)
-        if gradients:
-            if self.grad_clip is not None:
-                torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
-            self.scaler.step(self.optimizer)
-        elif not (loss_finite and self.scaler.is_enabled() and self.scaler.get_scale() > 1):
-            self._back_off()
-            return False
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        largest = torch.nn.utils.get_total_norm(gradients, float("inf"))
+        loss_finite = torch.isfinite(loss.detach())
+        taken = loss_finite & torch.isfinite(largest)
+        failed = ~taken
+        if self.scaler.is_enabled():
+            failed &= ~(loss_finite & (self.scaler.scale(torch.ones_like(largest)) > 1))
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        self.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]  # as GradScaler tells it
+        self.optimizer.step()
         self.scaler.update()
-        return gradients
+        self._unread.append(_to_host(torch.stack([failed.float(), loss.detach().float()])))
+        self._read(self._lag)
+        return taken
+
+    def settle(self) -> None:
+        """Read what was not read yet: the state is now that of the last update."""
+        self._read(0)
 
     def offer(self, loss: float, *, always: bool = False) -> None:
         """Keep the present state if its `loss` is the lowest so far, or `always`."""
@@ -93,8 +114,28 @@ class Stepper:
             state = self.scaler.state_dict()
             self.scaler.load_state_dict({**state, "scale": scaler[0], "_growth_tracker": int(scaler[1])})
 
+    def _read(self, left: int) -> None:
+        """Read verdicts until `left` are unread; the updates after a failure count no more, whatever became of them."""
+        while len(self._unread) > left:
+            verdict, arrived = self._unread.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            failed, self.loss = verdict.tolist()
+            if failed:
+                self._unread.clear()
+                self._back_off()
+
     def _back_off(self) -> None:
         self.backoffs += 1
         self.restore_best()
         self.optimizer.state.clear()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, Any]:
+    """A copy in host memory, and the event after which it is there."""
+    if values.device.type == "cpu":
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    return host, torch.cuda.current_stream(values.device).record_event()

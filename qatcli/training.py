@@ -105,11 +105,6 @@ def restore(parameters: Iterable[Tensor], saved: list[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def gradients_finite(parameters: Iterable[Tensor]) -> bool:
-    """True when every gradient is finite."""
-    return all(bool(torch.isfinite(p.grad).all()) for p in parameters if p.grad is not None)
-
-
 def _cpu_has_bf16() -> bool:
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)

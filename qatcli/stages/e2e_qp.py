@@ -142,13 +142,14 @@ class _Trainer:
         torch.manual_seed(self.job.recipe.calibrate.seed * 1_000_003 + step)
         stepper.begin(step)
         targets = max(1, text[batch].targets)
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.job.device)
         for part in batch.split(self.config.micro_batch_size):
             loss = self._loss(text[part], stepper.dtype) / targets
             stepper.backward(loss)
-            total += float(loss.detach())
-        stepper.finish(loss_finite=math.isfinite(total))
-        return total
+            total += loss.detach()
+        stepper.finish(total)
+        stepper.settle()  # an update takes seconds: waiting for it once costs nothing
+        return float(total)
 
     def _loss(self, text: Windows, dtype: torch.dtype) -> Tensor:
         device = self.job.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from qatcli.grid import ZeroPoints, initial_grid
 from qatcli.linear import FakeQuantLinear
 from qatcli.packed import ModuleQuant
 from qatcli.recipe import BlockApSection
+from qatcli.stepper import Stepper
 
 CPU = torch.device("cpu")
 HIDDEN, INNER, TOKENS = 32, 64, 6
@@ -157,6 +159,14 @@ def test_the_best_epoch_is_kept_not_the_last(monkeypatch: pytest.MonkeyPatch) ->
     assert not torch.equal(states[2]["up.weight"], states[4]["up.weight"])
 
 
+@pytest.fixture(params=[0, 1])
+def lag(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Verdicts over updates are read at once, or one update late as on a GPU."""
+    monkeypatch.setattr("qatcli.blocktrain.Stepper", partial(Stepper, lag=request.param))
+    return request.param
+
+
+@pytest.mark.usefixtures("lag")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_window_that_is_not_finite_is_left_behind(bad: float) -> None:
     setting = Setting()
@@ -168,6 +178,7 @@ def test_a_window_that_is_not_finite_is_left_behind(bad: float) -> None:
     assert setting.loss() == pytest.approx(result.after, rel=1e-4)
 
 
+@pytest.mark.usefixtures("lag")
 def test_after_three_failures_the_block_stays_at_its_best() -> None:
     setting = Setting()
     setting.train.inputs[:] = float("nan")
@@ -189,6 +200,17 @@ def test_a_failure_halves_the_rate() -> None:
         setting.run(epochs=1, shuffle=False, keep_best=False, lr_weights=0.5)
         distances.append(float((setting.students[f"{PREFIX}.up"].weight.detach() - start).abs().mean()))
     assert 0 < distances[1] < 0.6 * distances[0]
+
+
+def test_reading_verdicts_late_changes_no_bit() -> None:
+    states = []
+    for late in (0, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qatcli.blocktrain.Stepper", partial(Stepper, lag=late))
+            setting = Setting()
+            setting.run()
+        states.append(setting.state())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:

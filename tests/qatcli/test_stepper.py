@@ -15,16 +15,19 @@ CPU = torch.device("cpu")
 
 
 def make_stepper(
-    parameter: nn.Parameter, dtype: torch.dtype = torch.float32, grad_clip: float | None = None
+    parameter: nn.Parameter,
+    dtype: torch.dtype = torch.float32,
+    grad_clip: float | None = None,
+    lag: int | None = None,
 ) -> Stepper:
-    schedule = Schedule(8, floor=1.0)
-    return Stepper([{"params": [parameter], "peak": 0.1}], schedule, dtype=dtype, device=CPU, grad_clip=grad_clip)
+    groups: list[dict[str, object]] = [{"params": [parameter], "peak": 0.1}]
+    return Stepper(groups, Schedule(8, floor=1.0), dtype=dtype, device=CPU, grad_clip=grad_clip, lag=lag)
 
 
 def update(stepper: Stepper, step: int, loss: Tensor) -> bool:
     stepper.begin(step)
     stepper.backward(loss)
-    return stepper.finish(loss_finite=bool(torch.isfinite(loss)))
+    return bool(stepper.finish(loss))
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
@@ -73,8 +76,9 @@ def test_in_fp16_an_overflowing_gradient_halves_the_loss_scale_and_is_no_failure
         stepper.begin(step)
         with torch.autocast("cpu", dtype=torch.float16):
             half = parameter.half()
-        stepper.backward((half.float() * 4).sum())
-        taken.append(stepper.finish(loss_finite=True))
+        loss = (half.float() * 4).sum()
+        stepper.backward(loss)
+        taken.append(bool(stepper.finish(loss)))
     assert taken == [False, False, False, True, True, True]
     assert stepper.scaler.get_scale() == 65536 / 8
     assert (stepper.backoffs, stepper.dtype) == (0, torch.float16)
@@ -85,11 +89,65 @@ def test_clipping_sees_gradients_without_the_loss_scale() -> None:
     for dtype in (torch.float32, torch.float16):
         parameter = nn.Parameter(torch.ones(1))
         stepper = make_stepper(parameter, dtype, grad_clip=0.5)
-        stepper.begin(0)
-        stepper.backward(parameter.sum() * 0.25)
-        assert stepper.finish(loss_finite=True)
+        assert update(stepper, 0, parameter.sum() * 0.25)
         assert parameter.grad is not None
         assert parameter.grad.item() == pytest.approx(0.25), "below the bound: not clipped"
+
+
+# A verdict that is read late, as on a GPU.
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_before_a_failure_is_read_nothing_of_it_has_reached_the_weights(bad: str, dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    stepper = make_stepper(parameter, dtype, lag=1)
+    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=dtype == torch.float16)
+    stepper.offer(1.0)
+    assert update(stepper, 0, parameter.sum())
+    state = {key: value.clone() for key, value in stepper.optimizer.state[parameter].items()}
+    loss = parameter.sum() * math.nan if bad == "loss" else (parameter - parameter.detach()).sum().sqrt()
+    assert not update(stepper, 1, loss)
+    assert stepper.backoffs == 0, "not read yet"
+    assert parameter.tolist() == pytest.approx([0.9, 0.9])
+    assert all(torch.equal(value, state[key]) for key, value in stepper.optimizer.state[parameter].items())
+
+    update(stepper, 2, parameter.sum())
+    assert (stepper.backoffs, stepper.dtype) == (1, torch.float32)
+    assert parameter.tolist() == [1, 1], "what the update between has done is undone"
+    assert update(stepper, 3, parameter.sum())
+    assert parameter.tolist() == pytest.approx([0.95, 0.95])
+
+
+def test_updates_made_before_a_failure_is_read_do_not_count_as_further_failures() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    stepper = make_stepper(parameter, lag=1)
+    for step in range(4):
+        update(stepper, step, parameter.sum() * math.nan)
+    assert stepper.backoffs == 2
+    stepper.settle()
+    assert stepper.backoffs == 2, "the fourth verdict went with the second failure"
+    update(stepper, 4, parameter.sum() * math.nan)
+    assert not stepper.exhausted
+    stepper.settle()
+    assert stepper.exhausted
+    assert parameter.tolist() == [1]
+
+
+def test_without_a_failure_it_does_not_matter_when_verdicts_are_read() -> None:
+    values = []
+    for lag in (0, 1, 3):
+        parameter = nn.Parameter(torch.linspace(1, 2, 5))
+        stepper = make_stepper(parameter, grad_clip=1.0, lag=lag)
+        for step in range(6):
+            assert update(stepper, step, parameter.square().sum())
+        seen = stepper.loss
+        stepper.settle()
+        values.append((parameter.detach().clone(), stepper.loss))
+        assert (seen == stepper.loss) == (lag == 0)
+    for parameter, loss in values[1:]:
+        assert torch.equal(parameter, values[0][0])
+        assert loss == values[0][1]
 
 
 @pytest.mark.parametrize(("dtype", "backoffs"), [(torch.float16, 0), (torch.float16, 1), (torch.float32, 2)])

@@ -15,7 +15,6 @@ from qatcli.training import (
     adamw,
     autocast,
     compute_dtype,
-    gradients_finite,
     peak_rate,
     restore,
     scale_unit,
@@ -143,15 +142,6 @@ def test_snapshots_are_copies_and_restore_in_place() -> None:
     assert torch.equal(saved[0], torch.ones(2))
     with pytest.raises(ValueError, match="zip"):
         restore(parameters, saved[:1])
-
-
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_gradients_finite(bad: float) -> None:
-    with_gradient, without = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    with_gradient.grad = torch.ones(3)
-    assert gradients_finite([with_gradient, without])
-    with_gradient.grad[1] = bad
-    assert not gradients_finite([with_gradient, without])
 
 
 @pytest.mark.parametrize(
