@@ -1,20 +1,33 @@
 """Three faults that exports of other tools were published with, put into a written export and taken out again.
 
-A fault is an edit of bytes in the file, found through the file's own header: nothing of the writers is used, but for
-GGUF's block encoders. `python benchmarks/export_matrix.py` prints which are caught; the tests inject the same.
+    python benchmarks/export_faults.py PACKED_DIR... [--formats gptq,gguf] [--out FOLDER]
+
+Writes every format of the given packed checkpoints, injects each fault and verifies: a Markdown table of what was
+caught, one row per checkpoint and format, with `--out` also in export_faults.md. Exit code 1 when one was missed. A
+fault is an edit of bytes in the file, found through the file's own header: nothing of the writers is used, but for
+GGUF's block encoders. The tests inject the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from qatcli.formats import gguf_model, source
+from qatcli.errors import QatError
+from qatcli.formats import FORMATS, ExportOptions, gguf_model, source
 from qatcli.formats.gguf_compare import gguf_name
 from qatcli.formats.gguf_readback import open_gguf
 from qatcli.formats.layouts.gguf_blocks import TYPES
@@ -27,6 +40,58 @@ CODES = {"gptq": "qweight", "bitblas": "qweight", "awq": "qweight", "dense": "we
 ZEROS = {"gptq": "qzeros", "bitblas": "qzeros", "awq": "qzeros"}
 QUANTS = {"Q4_0": 2, "Q4_1": 4, "Q5_0": 6, "Q8_0": 2, "Q2_0": 2, "Q2_K": 16, "Q4_K": 16}  # where a block's codes begin
 QUANTS_END = {"Q2_K": 80}
+
+
+OPTIONS = ExportOptions(runtimes=False, awq_promote=True)
+COLUMNS = ("checkpoint", "format", *FAULTS)
+
+
+def main() -> int:
+    """Inject, print and write; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("packed", type=Path, nargs="+", help="directories that `qat pack` wrote")
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--out", type=Path, help="folder for export_faults.md")
+    arguments = parser.parse_args()
+    names = " ".join(f"{label(path)}/{path.name}" for path in arguments.packed)
+    text = [f"`python benchmarks/export_faults.py {names}` at commit {commit()}; {machine()}.", "", heading(COLUMNS)]
+    print("\n".join(text), flush=True)
+    missed = False
+    for path in arguments.packed:
+        checkpoint = PackedCheckpoint.open(path)
+        for name in arguments.formats.split(","):
+            found = outcomes(checkpoint, name)
+            missed = missed or "MISSED" in found.values()
+            text.append(line({"checkpoint": label(path), "format": name, **found}, COLUMNS))
+            print(text[-1], flush=True)
+            if arguments.out:
+                arguments.out.mkdir(parents=True, exist_ok=True)
+                content = "\n".join(["# Injected faults", "", *text, ""])
+                (arguments.out / "export_faults.md").write_text(content, encoding="utf-8")
+    return int(missed)
+
+
+def outcomes(checkpoint: PackedCheckpoint, name: str) -> dict[str, str]:
+    """What verification, integers only, makes of each fault in one format."""
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch, "out")
+        try:
+            FORMATS[name].write(checkpoint, out, OPTIONS)
+        except QatError as error:
+            return dict.fromkeys(FAULTS, f"refused: {error.message}")
+        for fault in FAULTS:
+            try:
+                with injected(fault, checkpoint, out, name) as linear:
+                    verification = FORMATS[name].verify(checkpoint, out, OPTIONS)
+            except ValueError as error:
+                found[fault] = f"none: {error}"
+            else:
+                named = any(linear in difference for difference in verification.differences)
+                found[fault] = "caught" if named and not verification.passed else "MISSED"
+        if not FORMATS[name].verify(checkpoint, out, OPTIONS).passed:
+            found[FAULTS[0]] = "MISSED: the undamaged export does not verify"
+    return found
 
 
 @dataclass(frozen=True)
@@ -148,3 +213,36 @@ def tensor_places(out: Path) -> dict[str, Place]:
 def _in_gguf(file: Path, name: str) -> Place:
     entry = open_gguf(file).tensors[name]
     return Place(file, entry.offset, entry.bytes, entry.shape, entry.type_name)
+
+
+def label(path: Path) -> str:
+    """The name of a checkpoint: that of its run, when it is a run's stage."""
+    path = path.absolute()
+    return path.parent.name if path.name in ("pack", "import") else path.name
+
+
+def commit() -> str:
+    """The commit of this checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+def machine() -> str:
+    """What the figures were taken on."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}, {capability}), Python {platform.python_version()}"
+
+
+def heading(columns: Sequence[str]) -> str:
+    """The first two lines of a Markdown table."""
+    return "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
+
+
+def line(row: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """One line of a Markdown table."""
+    cells = (str(row.get(column, "")).replace("|", "\\|").replace("\n", "\\n") for column in columns)
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,12 +1,11 @@
-"""The proof of `qat export`: every format of the given packed checkpoints, loaded where it is served, and damaged.
+"""The proof of `qat export`: every format of the given packed checkpoints, loaded where it is served.
 
     python benchmarks/export_matrix.py TEXT PACKED_DIR... [--formats gptq,gguf] [--windows 4] [--out FOLDER]
 
-Prints two Markdown tables for each checkpoint. One row per format and runtime: file size, bits per weight, integers
-equal to the checkpoint's or not, largest logit difference, perplexity as that runtime computes it, and the text it
-writes. Then one row per format: which injected faults verification caught. `--out` also writes them as
-export_matrix_<checkpoint>.md and .json. Every runtime has a process of its own; one that crashes is a row that says so.
-Exit code 1 when anything differs or a fault is missed.
+Prints a Markdown table for each checkpoint, one row per format and runtime: file size, bits per weight, integers equal
+to the checkpoint's or not, largest logit difference, perplexity as that runtime computes it, and the text it writes.
+`--out` also writes it as export_matrix_<checkpoint>.md and .json. Every runtime has a process of its own; one that
+crashes is a row that says so. Exit code 1 when anything differs. What verification catches: export_faults.py.
 Install what should load the exports: `pip install 'qatcli[gptq,gguf,runtimes]'`.
 """
 
@@ -15,19 +14,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from export_faults import FAULTS, injected, tensor_places
+from export_faults import commit, heading, label, line, machine, tensor_places
 from numpy.typing import NDArray
 
 from qatcli.errors import QatError
@@ -44,7 +38,6 @@ COLUMNS = (
     *("bits", "format", "file MB", "bits/weight", "integers equal", "loaded by"),
     *("largest logit difference", "tolerance", "perplexity", "text", "remarks"),
 )
-FAULT_COLUMNS = ("bits", "format", *FAULTS)
 INTEGERS = ExportOptions(runtimes=False, awq_promote=True)
 LIBRARIES = ("torch", "transformers", "gptqmodel", "optimum", "compressed-tensors", "gguf", "xllamacpp")
 Row = dict[str, Any]
@@ -58,20 +51,18 @@ def main() -> int:
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--windows", type=int, default=4, help="windows of text (default 4)")
     parser.add_argument("--context", type=int, default=256, help="tokens per window (default 256)")
-    parser.add_argument("--no-faults", action="store_true", help="leave the injected faults out")
     parser.add_argument("--out", type=Path, help="folder for export_matrix_<checkpoint>.md and .json")
     arguments = parser.parse_args()
     failed = False
     for path in arguments.packed:
         checkpoint = PackedCheckpoint.open(path)
-        sheet = Sheet(label(path), conditions(arguments), arguments.out, with_faults=not arguments.no_faults)
+        sheet = Sheet(label(path), conditions(arguments), arguments.out)
         ids = load_tokenizer(path)(arguments.text.read_text(encoding="utf-8")[:200_000])["input_ids"]
         windows = np.array(ids[: arguments.windows * arguments.context]).reshape(-1, arguments.context)
         expected = reference(checkpoint)
         sheet.add(baseline(checkpoint, windows))
         for name in arguments.formats.split(","):
             measure(sheet, checkpoint, name, windows, expected)
-        sheet.print_faults()
         failed = failed or sheet.failed
     return int(failed)
 
@@ -79,55 +70,34 @@ def main() -> int:
 class Sheet:
     """The rows so far: printed when they are added, and written to --out, so that a run cut short leaves them."""
 
-    def __init__(self, name: str, conditions: str, out: Path | None, *, with_faults: bool) -> None:
+    def __init__(self, name: str, conditions: str, out: Path | None) -> None:
         self.rows: list[Row] = []
-        self.faults: list[Row] = []
-        self.with_faults = with_faults
         self._name = name
         self._out = out
         self._conditions = conditions
         print(f"# Exports of {name}\n\n{conditions}\n\n{heading(COLUMNS)}", flush=True)
 
     def add(self, row: Row) -> None:
-        """One row of the first table."""
+        """One more row."""
         self.rows.append(row)
         print(line(row, COLUMNS), flush=True)
         self._write()
 
-    def add_faults(self, row: Row) -> None:
-        """One row of the second table; it is printed at the end."""
-        self.faults.append(row)
-        self._write()
-
-    def print_faults(self) -> None:
-        """The second table."""
-        if self.faults:
-            print("\n" + "\n".join([heading(FAULT_COLUMNS), *(line(row, FAULT_COLUMNS) for row in self.faults)]))
-
     @property
     def failed(self) -> bool:
-        """Whether integers differ, a runtime failed, or a fault was missed."""
-        wrong = any(row.get("integers equal") == "NO" or "FAILED" in row.get("loaded by", "") for row in self.rows)
-        return wrong or any(row[fault] == "MISSED" for row in self.faults for fault in FAULTS)
+        """Whether integers differ or a runtime failed."""
+        return any(row.get("integers equal") == "NO" or "FAILED" in row.get("loaded by", "") for row in self.rows)
 
     def _write(self) -> None:
         if self._out is None:
             return
         self._out.mkdir(parents=True, exist_ok=True)
-        first = [heading(COLUMNS), *(line(row, COLUMNS) for row in self.rows)]
-        second = [heading(FAULT_COLUMNS), *(line(row, FAULT_COLUMNS) for row in self.faults)]
-        text = [f"# Exports of {self._name}", "", self._conditions, "", *first]
-        text += ["", "Injected faults:", "", *second] if self.faults else []
-        (self._out / f"export_matrix_{self._name}.md").write_text("\n".join([*text, ""]), encoding="utf-8")
-        content = {"conditions": self._conditions, "exports": self.rows, "faults": self.faults}
+        table = [heading(COLUMNS), *(line(row, COLUMNS) for row in self.rows)]
+        text = "\n".join([f"# Exports of {self._name}", "", self._conditions, "", *table, ""])
+        (self._out / f"export_matrix_{self._name}.md").write_text(text, encoding="utf-8")
+        content = {"conditions": self._conditions, "exports": self.rows}
         file = self._out / f"export_matrix_{self._name}.json"
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def label(path: Path) -> str:
-    """The name of a checkpoint: that of its run, when it is a run's stage."""
-    path = path.absolute()
-    return path.parent.name if path.name in ("pack", "import") else path.name
 
 
 def baseline(checkpoint: PackedCheckpoint, windows: NDArray[np.int64]) -> Row:
@@ -168,8 +138,6 @@ def measure(
             remarks = ()
         if not FORMATS[name].runtimes:
             sheet.add({**row, "loaded by": "no runtime without CUDA", "remarks": "; ".join(remarks)})
-        if sheet.with_faults:
-            sheet.add_faults({**row, **{fault: outcome(fault, checkpoint, out, name) for fault in FAULTS}})
 
 
 def load(runtime: str, checkpoint: PackedCheckpoint, out: Path, windows: NDArray[np.int64], expected: Reference) -> Row:
@@ -192,16 +160,6 @@ def load(runtime: str, checkpoint: PackedCheckpoint, out: Path, windows: NDArray
     return row
 
 
-def outcome(fault: str, checkpoint: PackedCheckpoint, out: Path, name: str) -> str:
-    """Whether verification, integers only, notices the fault."""
-    try:
-        with injected(fault, checkpoint, out, name) as linear:
-            found = FORMATS[name].verify(checkpoint, out, INTEGERS)
-    except ValueError as error:
-        return f"none: {error}"
-    return "caught" if any(linear in difference for difference in found.differences) else "MISSED"
-
-
 def conditions(arguments: argparse.Namespace) -> str:
     """What the figures depend on, in one paragraph."""
     found = []
@@ -216,15 +174,8 @@ def conditions(arguments: argparse.Namespace) -> str:
         f"Perplexity: {arguments.text.name}, the first {arguments.windows} windows of {arguments.context} tokens that "
         f"do not overlap. Text: {TOKENS} greedy tokens after {PROMPT!r}. bits/weight: codes, scales and zero points of "
         f"the quantized linears as stored, over their weights. Tolerance: docs/export-formats.md. "
-        f"{os.cpu_count()} CPU cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}), "
-        f"Python {platform.python_version()}, {', '.join(found)}."
+        f"{machine()}, {', '.join(found)}."
     )
-
-
-def commit() -> str:
-    """The commit of this checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def bits_per_weight(checkpoint: PackedCheckpoint, out: Path) -> float:
@@ -243,17 +194,6 @@ def bits_per_weight(checkpoint: PackedCheckpoint, out: Path) -> float:
 def bits_of(checkpoint: PackedCheckpoint) -> str:
     """The bit widths of a checkpoint, as text."""
     return "/".join(map(str, sorted({quant.bits for quant in checkpoint.modules.values()})))
-
-
-def heading(columns: Sequence[str]) -> str:
-    """The first two lines of a Markdown table."""
-    return "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
-
-
-def line(row: Row, columns: Sequence[str]) -> str:
-    """One line of a Markdown table."""
-    cells = (str(row.get(column, "")).replace("|", "\\|").replace("\n", "\\n") for column in columns)
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

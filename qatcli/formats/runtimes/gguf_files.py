@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def check_with_gguf_py(checkpoint: PackedCheckpoint, out: Path) -> tuple[list[st
 
     known = {int(kind) for kind in gguf.GGMLQuantizationType}
     if TYPES["Q2_0"].type_id not in known and _has_unknown_type(out, known):
-        return [], [f"gguf {gguf.__name__} does not know block type Q2_0; our own reader compared the integers"]
+        return [], [f"gguf {version('gguf')} does not know block type Q2_0; our own reader compared the integers"]
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(next(out.glob("*.gguf"))).tensors}
     differences = []
     for name in checkpoint.modules:
