@@ -75,7 +75,7 @@ def _inputs(chain: Chain, model: Path, folder: Path) -> bool:
         place.mkdir()
         done, problems = attempt(chain, bad, place, model)
         error = done.stderr.partition("error: ")[2].splitlines()[:1]
-        said = "".join(error).replace(f"{place}/", "").replace("|", "")[:120]
+        said = "".join(error).replace(f"{folder}/", "").replace(f"input-{number}/", "").replace("|", "")[:120]
         print(f"| {bad.name} | {bad.stage} | {done.code} | {said} |", *problems, flush=True)
         good = good and not problems
         shutil.rmtree(place)

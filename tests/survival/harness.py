@@ -62,6 +62,7 @@ class Done:
     code: int
     cpu: float
     stderr: str
+    stdout: str
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ class Served:
         line = self._process.stdout.readline()
         assert line, self._errors.read_text()
         answer = json.loads(line)
-        stderr = self._output.with_suffix(".err").read_text()
-        return Done(answer["code"], answer["cpu"], stderr)
+        stderr, stdout = (self._output.with_suffix(suffix).read_text() for suffix in (".err", ".out"))
+        return Done(answer["code"], answer["cpu"], stderr, stdout)
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -120,15 +121,15 @@ class Spawned:
         watched = [str(FAULTS), json.dumps(spec)] if spec and not timed else ["-m", "qatcli"]
         before = _children()
         with subprocess.Popen(
-            [sys.executable, *watched, *arguments], env=self._env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+            [sys.executable, *watched, *arguments], env=self._env, stderr=subprocess.PIPE, stdout=subprocess.PIPE
         ) as process:
             if spec and timed:
                 try:
                     process.wait(spec["at"])
                 except subprocess.TimeoutExpired:
                     process.send_signal(getattr(signal, spec["fault"]))
-            _, stderr = process.communicate(timeout=TIMEOUT)
-        return Done(process.returncode, _children() - before, stderr.decode())
+            stdout, stderr = process.communicate(timeout=TIMEOUT)
+        return Done(process.returncode, _children() - before, stderr.decode(), stdout.decode())
 
 
 def _children() -> float:

@@ -83,6 +83,8 @@ def attempt(chain: Chain, bad: Case, folder: Path, model: Path) -> tuple[Done, l
         problems.append(f"does not say {bad.said!r}")
     if "Traceback" in done.stderr or "unforeseen" in done.stderr or "error: " not in done.stderr:
         problems.append("not a sentence")
+    if done.stdout:
+        problems.append("data on standard output")
     if contents(place.outside) != before:
         problems.append("something outside was changed")
     return done, problems
