@@ -56,7 +56,7 @@ def weight_errors(
     """
     return {
         name: approximation_error(
-            block.get_submodule(name.removeprefix(f"{prefix}.")).weight,
+            block.get_parameter(f"{name.removeprefix(f'{prefix}.')}.weight"),
             linear.dequantize(torch.float32),
             moment=moments.get(name),
         )

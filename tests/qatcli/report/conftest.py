@@ -16,7 +16,7 @@ LINEARS = ("self_attn.q_proj", "mlp.down_proj")
 RECIPE: dict[str, Any] = {
     "method": "qat",
     "model": {"source": "owner/model", "revision": None},
-    "quant": {"bits": 2, "group_size": 64, "symmetric": False, "init": "weighted", "overrides": []},
+    "quant": {"bits": 2, "group_size": 64, "zero_points": "central", "init": "weighted", "overrides": []},
     "calibrate": {"data": [{"source": "owner/text"}], "samples": 8, "seq_len": 64, "seed": 2},
     "block_ap": {"epochs": 2, "batch_size": 4, "lr_units": "reach", "lr_weights": 1.0, "lr_scales": 1.0},
     "e2e_qp": {"samples": 8, "seq_len": 64, "epochs": 1, "batch_size": 4, "lr_units": "reach", "loss": "kl"},

@@ -67,6 +67,7 @@ def test_the_results(make_run: Run) -> None:
         assert said in words, said
     assert "wiki: source wiki.test.raw, context 64, windows 8" in words
     assert "independent reader" in words
+    assert "2 bits, groups of 64, zero points at the central two levels, first grid by weighted" in words
     assert "owner/text" in words
     assert "7 MiB 2.280 4.900 512.0 31.00 3 MiB 5 MiB" in words
     assert "speed: computed in bfloat16" in words
