@@ -18,7 +18,6 @@ from qat_kernels import tuning
 from qat_kernels.reference import MAX_SCALE, MIN_SCALE
 from qat_kernels.tiles import group_tile
 
-
 Settings = dict[str, int]
 
 

@@ -9,7 +9,7 @@ The codes come in the layout of `interleave`. Three things keep the work near tw
 * The zero point is one correction per group: sum of (q - z) x = sum of q x - z sum of x.
 * Accumulators are fp32 and stay in a thread until the end of the row.
 
-Where rows are too few to fill the device, the columns are shared by SPLITS programs; their sums go to memory and a
+Where rows are too few to fill the device, the columns are shared by several programs; their sums go to memory and a
 second kernel adds them in order, so that runs repeat exactly. A program whose warps all lie along the columns needs no
 other memory than registers; `num_warps` of 1 does best.
 """
@@ -76,8 +76,8 @@ def gemv(
             BATCH=batch,
             ROWS=rows,
             BLOCKS=blocks,
-            SPLITS=splits,
             num_warps=num_warps,
+            enable_fp_fusion=True,
         )
     return add_parts(parts, out)
 
@@ -100,7 +100,6 @@ def _gemv_kernel(
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """Axes of every tile: [BATCH, ROWS, BLOCKS, lanes of a block]. With other ranks Triton would change layouts."""
     PER_WORD: tl.constexpr = 32 // BITS
@@ -112,7 +111,7 @@ def _gemv_kernel(
     row = tl.minimum(n, out_features - 1).to(tl.int64)  # surplus rows repeat the last one and are not stored
     x_row = tl.minimum(m, count - 1).to(tl.int64)
     blocks = lanes // _LANES
-    share = tl.cdiv(tl.cdiv(blocks, BLOCKS), SPLITS) * BLOCKS
+    share = tl.cdiv(tl.cdiv(blocks, BLOCKS), tl.num_programs(2)) * BLOCKS
     first = tl.program_id(2) * share
     y = tl.zeros((BATCH, ROWS, BLOCKS, 1), dtype=tl.float32)
     for start in range(first, tl.minimum(first + share, blocks), BLOCKS):

@@ -53,8 +53,8 @@ def matmul(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
-            SPLITS=splits,
             num_warps=num_warps,
+            enable_fp_fusion=True,
             num_stages=num_stages,
         )
     return add_parts(parts, out)
@@ -97,6 +97,7 @@ def input_grad(
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             num_warps=num_warps,
+            enable_fp_fusion=True,
             num_stages=num_stages,
         )
     return out
@@ -120,13 +121,12 @@ def _matmul_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_row = tl.minimum(m, count - 1).to(tl.int64)  # surplus rows repeat the last one and are not stored
     row = tl.minimum(n, out_features - 1).to(tl.int64)
-    share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLITS) * BLOCK_K
+    share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), tl.num_programs(2)) * BLOCK_K
     first = tl.program_id(2) * share
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)  # transposed: the weight tile is used as it is made

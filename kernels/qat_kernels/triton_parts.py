@@ -20,7 +20,7 @@ def add_parts(parts: Tensor, out: Tensor) -> Tensor:
     if parts is not out:
         with torch.cuda.device_of(out):
             _add_parts_kernel[(triton.cdiv(out.numel(), TILE),)](
-                out, parts, out.numel(), SPLITS=parts.shape[0], TILE=TILE
+                out, parts, out.numel(), SPLITS=parts.shape[0], TILE=TILE, enable_fp_fusion=True
             )
     return out
 

@@ -59,6 +59,7 @@ def scale_grad(
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             num_warps=num_warps,
+            enable_fp_fusion=True,
             num_stages=num_stages,
         )
     return add_parts(parts, out)

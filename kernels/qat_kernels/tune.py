@@ -22,6 +22,7 @@ from qat_kernels import (
     interleave,
     reference,
     timing,
+    triton_dequantize,
     triton_fake_quant,
     triton_gemv,
     triton_linear,
@@ -73,7 +74,7 @@ class Problem:
                 grad_out, packed, scale, zero_point, **grid, in_features=self.k
             ),
             "dense scale_grad": lambda: reference.scale_grad(
-                grad_out, x, packed, zero_point, **grid, dequantize=triton_linear.triton_dequantize.dequantize
+                grad_out, x, packed, zero_point, **grid, dequantize=triton_dequantize.dequantize
             ),
         }[kernel]
 

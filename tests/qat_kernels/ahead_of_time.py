@@ -35,7 +35,7 @@ from qat_kernels import (
 Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]  # name, kernel, types, constants, options
 
 BITS = (2, 3, 4, 8)
-EXACT = {"enable_fp_fusion": False}
+EXACT, FUSED = {"enable_fp_fusion": False}, {"enable_fp_fusion": True}
 WEIGHT = {"scale_ptr": "*fp16", "zero_point_ptr": "*u8"}
 SIZES = {"count": "i32", "out_features": "i32", "in_features": "i32", "words": "i32", "groups": "i32"}
 
@@ -74,13 +74,18 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def cases() -> Iterator[Case]:
-    """Every kernel as its wrapper launches it."""
+    """Every kernel as its wrapper launches it, once: the number of splits is no part of it."""
+    made: set[str] = set()
     for table in map(tuning.load, sorted(tuning.CONFIGS.glob("*.json"))):
         for kernel, rules in table.settings.items():
             for rule in rules:
+                launch = {name: value for name, value in rule["use"].items() if name != "splits"}
                 for bits in rule.get("bits", BITS) if "fake_quant" not in kernel else (2,):
-                    for name, *rest in configured(kernel, bits, rule["use"]):
-                        yield f"{name} of {table.path.stem}, {bits} bits, {rule['use']}", *rest
+                    for name, *rest in configured(kernel, bits, launch):
+                        name = f"{name}, {bits} bits, {launch}"
+                        if name not in made:
+                            made.add(name)
+                            yield name, *rest
     codes = {"packed_ptr": "*i32", "codes_ptr": "*u8", "length": "i32", "words": "i32"}
     weight = {"out_ptr": "*bf16", "packed_ptr": "*i32", **WEIGHT, "in_features": "i32", "words": "i32", "groups": "i32"}
     for bits in (2, 3):
@@ -96,24 +101,24 @@ def cases() -> Iterator[Case]:
             EXACT,
         )
     parts = {"out_ptr": "*bf16", "parts_ptr": "*fp32", "length": "i32"}
-    yield "add_parts", triton_parts._add_parts_kernel, parts, {"SPLITS": 4, "TILE": triton_parts.TILE}, {}
+    yield "add_parts", triton_parts._add_parts_kernel, parts, {"SPLITS": 4, "TILE": triton_parts.TILE}, FUSED
 
 
 def configured(kernel: str, bits: int, use: dict[str, int]) -> Iterator[Case]:
     """One row of settings as launches: bf16 activations, fp16 scales, groups of 64, and what else shapes change."""
     blocks = {name.upper(): value for name, value in use.items() if name.startswith("block_")}
-    options = {name: value for name, value in use.items() if name in ("num_warps", "num_stages")}
+    options = {name: value for name, value in use.items() if name in ("num_warps", "num_stages")} | FUSED
     grid = {"BITS": bits, "GROUP": 64, "OPERAND": tl.bfloat16, **blocks}
     packed = {"packed_ptr": "*i32", **WEIGHT, **SIZES}
     if kernel == "gemv":
         types = {"out_ptr": "*bf16", "x_ptr": "*bf16", "words_ptr": "*i32", **WEIGHT, **SIZES}
         types = {("lanes" if name == "words" else name): kind for name, kind in types.items()}
         constants = {"BITS": bits, "GROUP": 64, "WHOLE": True, "BATCH": use["batch"], "ROWS": use["rows"]}
-        constants |= {"BLOCKS": 32 * use["num_warps"], "SPLITS": use["splits"]}
+        constants["BLOCKS"] = 32 * use["num_warps"]
         yield "gemv", triton_gemv._gemv_kernel, types, constants, options
     elif kernel == "matmul":
         types = {"out_ptr": "*bf16", "x_ptr": "*bf16", **packed}
-        yield "matmul", triton_matmul._matmul_kernel, types, {**grid, "SPLITS": use["splits"]}, options
+        yield "matmul", triton_matmul._matmul_kernel, types, grid, options
     elif kernel == "input_grad":
         yield (
             "input_grad",

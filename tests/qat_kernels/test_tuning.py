@@ -1,0 +1,130 @@
+"""Launch settings: which rule counts, which file a GPU gets, and the command that writes one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from qat_kernels import candidates, timing, tune, tuning
+
+RULES: list[dict[str, Any]] = [
+    {"up_to_m": 1, "n": 4096, "k": 4096, "use": {"rows": 4}},
+    {"up_to_m": 1, "n": 8192, "k": 8192, "bits": [2], "use": {"rows": 8}},
+    {"up_to_m": 4, "use": {"rows": 1}},
+    {"use": {"rows": 2}},
+]
+
+
+def table(**changes: Any) -> tuning.Table:
+    fields: dict[str, Any] = {"path": Path("x"), "devices": (), "timed": True, "routes": {}, "settings": {"k": RULES}}
+    return tuning.Table(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("bits", "m", "n", "k", "rows"),
+    [
+        (2, 1, 4096, 4096, 4),
+        (2, 1, 8192, 8192, 8),
+        (2, 1, 28672, 8192, 8),  # the nearer shape
+        (3, 1, 8192, 8192, 4),  # the rule for 8192 is for 2 bits
+        (2, 2, 4096, 4096, 1),
+        (2, 5, 4096, 4096, 2),
+    ],
+)
+def test_the_closest_rule_counts(bits: int, m: int, n: int, k: int, rows: int) -> None:
+    assert table().pick("k", bits=bits, m=m, n=n, k=k) == {"rows": rows}
+
+
+def test_a_route_is_the_first_kernel_whose_limit_is_not_passed() -> None:
+    routes = table(routes={"op": {"gemv": 4, "matmul": 64}})
+    assert [routes.route("op", m) for m in (1, 4, 5, 64, 65)] == ["gemv", "gemv", "matmul", "matmul", "dense"]
+    assert routes.route("op", 1, without="gemv") == "matmul"
+
+
+def test_shipped_files_are_complete() -> None:
+    files = sorted(tuning.CONFIGS.glob("*.json"))
+    assert tuning.CONFIGS / "default.json" in files
+    for path in files:
+        shipped = tuning.load(path)
+        assert bool(shipped.devices) == (path.stem != "default"), path
+        assert set(shipped.settings) == {"fake_quant", "fake_quant_backward", *tune.BATCHES}
+        assert {name: tuple(limits) for name, limits in shipped.routes.items()} == tune.ROUTES
+        for kernel in shipped.settings:
+            for bits in (2, 3, 4, 8):
+                for m in (1, 3, 16, 5000):
+                    assert shipped.pick(kernel, bits=bits, m=m, n=576, k=1536)
+    assert not tuning.default().timed
+
+
+def test_an_unknown_gpu_gets_the_default_and_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = json.loads((tuning.CONFIGS / "default.json").read_text())
+    for stem, devices in [("default", []), ("a", ["NVIDIA H"]), ("b", ["NVIDIA H100"])]:
+        (tmp_path / f"{stem}.json").write_text(json.dumps({**text, "devices": devices}))
+    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    tuning.table_for_name.cache_clear()
+    try:
+        assert tuning.table_for_name("NVIDIA H100 80GB HBM3").path.stem == "b"
+        assert tuning.table_for_name("NVIDIA H200").path.stem == "a"
+        with pytest.warns(UserWarning, match=r"no kernel settings for Other GPU.*python -m qat_kernels\.tune"):
+            assert tuning.table_for_name("Other GPU").path.stem == "default"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tuning.table_for_name("Other GPU")
+    finally:
+        tuning.table_for_name.cache_clear()
+
+
+def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"format_version": 7}')
+    with pytest.raises(ValueError, match=r"x\.json: format_version must be 1\. Got: 7"):
+        tuning.load(path)
+
+
+@pytest.mark.parametrize("kernel", ["fake_quant", "fake_quant_backward", *tune.BATCHES])
+def test_there_are_candidates_for_every_shape_and_few_for_each(kernel: str) -> None:
+    for bits in (2, 3, 4, 8):
+        for m in (1, 2, 16, 64, 4096):
+            for n, k in ((64, 128), (576, 1536), (4096, 11008), (16384, 16384)):
+                found = candidates.candidates(kernel, bits=bits, m=m, n=n, k=k)
+                assert 1 <= len(found) <= 24, (kernel, bits, m, n, k)
+                assert all(value > 0 for use in found for value in use.values())
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_file_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times come from a clock of the test's own: the second candidate of each kernel is the fastest."""
+    asked: list[int] = []
+
+    def seconds(device: object, calls: list[timing.Call]) -> float:
+        asked.append(len(calls))
+        return 1.0 if len(asked) % 2 else 0.5
+
+    def two(kernel: str, **shape: int) -> list[dict[str, int]]:
+        return candidates.candidates(kernel, **shape)[:2]
+
+    monkeypatch.setattr(timing, "seconds", seconds)
+    monkeypatch.setattr(tune, "candidates", two)
+    monkeypatch.setattr(tune, "BATCHES", dict.fromkeys(tune.BATCHES, (16,)) | {"gemv": (1, 2)})
+    monkeypatch.setattr(tune, "CROSSOVERS", (1, 2))
+    path = tmp_path / "some-gpu.json"
+    tune.main(["--shape", "64x128", "--bits", "2", "--out", str(path)])
+    written = tuning.load(path)
+    assert written.timed
+    assert set(written.settings) == {"fake_quant", "fake_quant_backward", *tune.BATCHES}
+    for kernel, rules in written.settings.items():
+        for rule in rules:
+            assert rule["us"] == 500_000.0
+            assert (
+                rule["use"] == two(kernel, bits=2, m=16 if kernel == "matmul" else 2, n=64, k=128)[1]
+                or kernel == "gemv"
+            )
+    assert [rule.get("up_to_m") for rule in written.settings["gemv"]] == [1, None]
+    assert max(map(len, path.read_text().splitlines())) < 250
+    assert len(path.read_text().splitlines()) < 60
