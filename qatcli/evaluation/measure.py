@@ -206,7 +206,8 @@ def _protocol(text: PerplexityText, windows: Tensor, dtype: torch.dtype) -> dict
     read = {"wikitext2": "test split, lines joined by two newlines", "c4": "first validation shard"}
     first = "all windows" if text.windows is None else "the first windows"
     return {
-        "source": text.source if text.file is None else f"{text.source} ({text.file})",
+        "source": text.source,
+        "file": text.file,
         "read": read.get(text.source, "the whole file"),
         "context": windows.shape[1],
         "windows": len(windows),

@@ -51,8 +51,8 @@ def _texts(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
             row += [_number(apart.get(key), form) for key, form in _DIVERGENCE]
         table.add_row(*row)
     lines = [
-        f"{name}: {_file(p['source'])}, {p['read']}, {p['windows']} windows of {p['context']} tokens, {p['cut']}, "
-        f"{p['compute']}"
+        f"{name}: {Path(p['file'] or p['source']).name}, {p['read']}, {p['windows']} windows of {p['context']} tokens, "
+        f"{p['cut']}, {p['compute']}"
         for name, p in protocol.items()
     ]
     tokens = {part["tokens"] for found in metrics["models"].values() for part in found["divergence"].values()}
@@ -62,12 +62,6 @@ def _texts(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
             "top-1: how often both predict the same token"
         )
     return Group(table, Text("\n".join(lines)))
-
-
-def _file(source: str) -> str:
-    """A text without the folders of its path."""
-    name, _, copy = source.removesuffix(")").partition(" (")
-    return f"{name} ({Path(copy).name})" if copy else Path(name).name
 
 
 def _tasks(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
