@@ -11,6 +11,7 @@ import platform
 import resource
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
@@ -182,6 +183,19 @@ def _kernels() -> Iterator[Finding]:
         wrong = f"does not compile: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     fix = "set QAT_KERNELS=reference, or install the triton of constraints.txt" if wrong else ""
     yield Finding("kernels", "triton", "broken" if wrong else "ok", wrong or "compiles, equals the reference", fix)
+    yield _kernel_settings(torch.cuda.get_device_name(device))
+
+
+def _kernel_settings(name: str) -> Finding:
+    """Whether the kernels' launch settings were timed on this GPU."""
+    from qat_kernels import tuning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it would warn of is the finding
+        table = tuning.table_for_name(name)
+    if table.timed:
+        return Finding("kernels", "settings", "ok", f"timed for {', '.join(table.devices)}")
+    return Finding("kernels", "settings", "note", f"not timed for {name}", "python -m qat_kernels.tune")
 
 
 def _wrong(device: Any) -> str:

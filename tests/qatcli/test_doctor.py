@@ -116,3 +116,9 @@ def test_kernels_that_compute_wrongly_are_found(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(qat_kernels, "unpack", unpack)
     assert doctor._wrong(torch.device("cpu")) == "pack and unpack lose codes at 3 bits"
+
+
+def test_launch_settings_that_were_never_timed_are_a_note() -> None:
+    finding = doctor._kernel_settings("A GPU nobody has seen")
+    assert (finding.state, finding.fix) == ("note", "python -m qat_kernels.tune")
+    assert "A GPU nobody has seen" in finding.text
