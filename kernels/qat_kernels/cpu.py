@@ -105,7 +105,7 @@ def quantized_matmul(
     grid = {"bits": bits, "group_size": group_size}
     compiled = _compiled(packed, weights=packed.shape[0] * in_features)
     if compiled is None:
-        return reference.quantized_matmul(x, packed, scale, zero_point, **grid)
+        return reference.quantized_matmul(x, packed, scale, zero_point, bits=bits, group_size=group_size)
     if rows > FEW_ROWS or not _whole_units(in_features, group_size):
         y = torch.empty(rows, packed.shape[0], dtype=x.dtype)
         for block in _blocks(packed.shape[0], in_features):

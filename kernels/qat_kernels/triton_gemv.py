@@ -11,7 +11,7 @@ The codes come in the layout of `interleave`. Three things keep the work near tw
 
 Where rows are too few to fill the device, the columns are shared by several programs; their sums go to memory and a
 second kernel adds them in order, so that runs repeat exactly. A program whose warps all lie along the columns needs no
-other memory than registers; `num_warps` of 1 does best.
+other memory than registers, which `num_warps` of 1 ensures.
 """
 
 import torch
@@ -20,15 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from qat_kernels.interleave import BLOCK, FIELDS, LANES
-from qat_kernels.triton_parts import add_parts, part_shape
+from qat_kernels.triton_parts import add_parts, make_parts
 
 _BLOCK = tl.constexpr(BLOCK)
 _LANES = tl.constexpr(LANES)
 
 
 def supports(group_size: int, in_features: int) -> bool:
-    """Whether groups are made of whole fields of the layout."""
-    return group_size in (-1, in_features) or group_size % LANES == 0
+    """Whether a block of the layout is made of whole groups, or a group of whole blocks."""
+    return group_size in (16, 32, -1, in_features) or group_size % BLOCK == 0
 
 
 def gemv(
@@ -57,7 +57,7 @@ def gemv(
     blocks = 32 * num_warps
     splits = min(splits, triton.cdiv(lanes // LANES, blocks))
     out = torch.empty(count, out_features, dtype=x.dtype, device=x.device)
-    parts = part_shape(out, splits)
+    parts = make_parts(out, splits)
     with torch.cuda.device_of(x):
         _gemv_kernel[(triton.cdiv(out_features, rows), triton.cdiv(count, batch), splits)](
             parts,
@@ -146,7 +146,7 @@ def _gemv_kernel(
             x = tl.load(x_ptr + x_row * in_features + column, mask=mask, other=0.0).to(tl.float32)
             sum_x += x
             q_x += q.to(tl.float32, bitcast=True) * (x * 2.0 ** (75 - _position(field, BITS)))
-            if _may_end_group(field, GROUP):
+            if _ends_group(field, GROUP):
                 group = tl.zeros_like(block) if GROUP == 0 else (block * _BLOCK + field * _LANES) // GROUP
                 place = row * groups + group
                 inside = live & (group < groups)
@@ -169,8 +169,6 @@ def _position(field, bits):
 
 
 @triton.constexpr_function
-def _may_end_group(field, group):
-    """Whether a group may end with this field of a block; one that fits no pattern is settled after every field."""
-    if group == 0 or group % BLOCK == 0:
-        return field == FIELDS - 1
-    return BLOCK % group != 0 or (field + 1) * LANES % group == 0
+def _ends_group(field, group):
+    """Whether a group, or the part of one that is in a block, ends with this field."""
+    return field == FIELDS - 1 or (group in (16, 32) and (field + 1) * LANES % group == 0)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat_kernels.triton_parts import add_parts, part_shape
+from qat_kernels.triton_parts import add_parts, make_parts
 from qat_kernels.triton_tile import load_weight_tile, operand
 
 
@@ -34,7 +34,7 @@ def matmul(
     out_features, words = packed.shape
     splits = min(splits, triton.cdiv(in_features, block_k))
     out = torch.empty(count, out_features, dtype=x.dtype, device=x.device)
-    parts = part_shape(out, splits)
+    parts = make_parts(out, splits)
     with torch.cuda.device_of(x):
         _matmul_kernel[(triton.cdiv(count, block_m), triton.cdiv(out_features, block_n), splits)](
             parts,

@@ -8,15 +8,15 @@ from torch import Tensor
 TILE = 256
 
 
-def part_shape(out: Tensor, splits: int) -> Tensor:
-    """Where the parts go: out itself if there is one part, else fp32 [splits, *out.shape]."""
+def make_parts(out: Tensor, splits: int) -> Tensor:
+    """Memory for the parts: out itself if there is one part, else fp32 [splits, *out.shape]."""
     if splits == 1:
         return out
     return torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
 
 
 def add_parts(parts: Tensor, out: Tensor) -> Tensor:
-    """Add the parts of `part_shape` into out, in fp32 from the first to the last, and return it."""
+    """Add the parts of `make_parts` into out, in fp32 from the first to the last, and return it."""
     if parts is not out:
         with torch.cuda.device_of(out):
             _add_parts_kernel[(triton.cdiv(out.numel(), TILE),)](

@@ -13,7 +13,7 @@ the next one does.
 import json
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,16 @@ class Table:
     timed: bool
     routes: dict[str, dict[str, int]]
     settings: dict[str, list[dict[str, Any]]]
+    _picked: dict[tuple[str, int, int, int, int], dict[str, int]] = field(default_factory=dict, repr=False)
 
     def pick(self, kernel: str, *, bits: int, m: int, n: int, k: int) -> dict[str, int]:
-        """The settings of a kernel for a weight [n, k] of bits and a batch of m rows."""
+        """The settings of a kernel for a weight [n, k] of bits and a batch of m rows; looked up once."""
+        asked = (kernel, bits, m, n, k)
+        if asked not in self._picked:
+            self._picked[asked] = self._search(*asked)
+        return self._picked[asked]
+
+    def _search(self, kernel: str, bits: int, m: int, n: int, k: int) -> dict[str, int]:
         rules = [
             rule
             for rule in self.settings[kernel]
@@ -57,6 +64,7 @@ def load(path: Path) -> Table:
     return Table(path, tuple(data["devices"]), data["timed"], data["routes"], data["settings"])
 
 
+@cache
 def table_for(device: torch.device) -> Table:
     """The settings for a device; in the interpreter, which runs on CPU tensors, the default ones."""
     return table_for_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else default()

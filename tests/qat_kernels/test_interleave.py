@@ -40,11 +40,29 @@ def test_where_a_code_lies(bits: int, column: int, places: list[tuple[int, int, 
     assert found == places
 
 
-def test_prepare_is_for_groups_of_whole_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("in_features", "group_size", "fits"),
+    [
+        (66, -1, True),
+        (66, 66, True),
+        (96, 32, True),
+        (128, 16, True),
+        (192, 64, True),
+        (192, 96, False),
+        (66, 33, False),
+    ],
+)
+def test_prepare_is_for_groups_that_fit_blocks(
+    in_features: int, group_size: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
-    packed = qat_kernels.pack(torch.zeros(2, 66, dtype=torch.uint8), bits=2)
     monkeypatch.setenv("QAT_KERNELS", "triton")
-    assert qat_kernels.prepare(packed, bits=2, group_size=22, in_features=66) is not None
-    assert qat_kernels.prepare(packed, bits=2, group_size=33, in_features=66) is None
+    packed = qat_kernels.pack(torch.zeros(2, in_features, dtype=torch.uint8), bits=2)
+    prepared = qat_kernels.prepare(packed, bits=2, group_size=group_size, in_features=in_features)
+    assert (prepared is not None) == fits
+
+
+def test_prepare_checks_its_arguments() -> None:
+    packed = qat_kernels.pack(torch.zeros(2, 66, dtype=torch.uint8), bits=2)
     with pytest.raises(ValueError, match=r"packed must have 9 words per row for 132 values of 2 bits\. Got: 5"):
         qat_kernels.prepare(packed, bits=2, group_size=66, in_features=132)

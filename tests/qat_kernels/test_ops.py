@@ -55,6 +55,21 @@ def test_a_compiled_fake_quant_is_one_graph_with_the_same_numbers(backend: str, 
         assert torch.equal(actual, expected)
 
 
+def test_a_compiled_decoding_step_takes_prepared_codes(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_KERNELS", "triton")
+    weight = make_weight(triton_device)
+    prepared = qat_kernels.prepare(weight[0], **GRID, in_features=96)
+    assert prepared is not None
+
+    def layer(x: Tensor) -> Tensor:
+        return qat_kernels.quantized_matmul(x, *weight, **GRID, prepared=prepared) + 1
+
+    x = torch.randn(1, 96, device=triton_device)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), layer(x))
+
+
 def test_operators_keep_their_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own checks: schema, shape rules, autograd registration."""
     monkeypatch.setenv("QAT_KERNELS", "reference")

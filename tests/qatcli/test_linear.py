@@ -157,6 +157,24 @@ def test_zero_points_follow_the_weights_that_are_loaded() -> None:
     assert torch.equal(module.zero_point, second.zero_point)
 
 
+def test_codes_are_prepared_for_decoding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("QAT_KERNELS", "triton")
+    first, second = quantized_linear(3, 32), quantized_linear(3, 32)
+    module, x = packed_linear(first), torch.randn(2, COLUMNS)
+    module(x)
+    assert module._prepared is None, "training reads the packed codes"
+    with torch.no_grad():
+        module(torch.randn(17, COLUMNS))
+        assert module._prepared is None, "many rows do, too"
+        torch.testing.assert_close(module(x), F.linear(x, dense(first).float()), rtol=1e-4, atol=1e-4)
+        assert module._prepared is not None
+        assert "_prepared" not in module.state_dict()
+        tensors = pack_linear("x", second)
+        module.load_state_dict({name.removeprefix("x."): tensor for name, tensor in tensors.items()})
+        torch.testing.assert_close(module(x), F.linear(x, dense(second).float()), rtol=1e-4, atol=1e-4)
+
+
 def test_replace_modules_keeps_the_rest() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     kept = model[0]
