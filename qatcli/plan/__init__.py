@@ -114,8 +114,9 @@ def require(recipe: Recipe, stage: str, variant: str, *, device: torch.device, o
             continue
         text = f"{stage} needs about {size / GIB:.1f} GiB of {what}, and {there / GIB:.1f} GiB are free"
         if size * SURE > there:
-            parts = ", ".join(f"{name} {part / GIB:.1f}" for name, part in predicted.parts.items())
-            raise ResourceError(f"{text} ({parts})" if "disk" not in what else text, hint=f"{hint}; see `qat plan`")
+            largest = sorted(predicted.parts.items(), key=lambda part: part[1], reverse=True)[:3]
+            parts = "; most of it: " + ", ".join(f"{name} {part / GIB:.1f}" for name, part in largest)
+            raise ResourceError(text + parts * ("disk" not in what), hint=f"{hint}; see `qat plan`")
         doubt = f"{text}; if it fails: {hint}"
     return doubt
 

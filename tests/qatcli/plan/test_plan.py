@@ -128,7 +128,7 @@ def test_too_little_memory_names_the_figures_and_the_knob(
 ) -> None:
     monkeypatch.setattr(machine, "host_memory", lambda: 2**20)
     with pytest.raises(
-        ResourceError, match=rf"{stage} needs about \d\.\d GiB of host memory, and 0\.0 GiB are free"
+        ResourceError, match=rf"{stage} needs about \d\.\d GiB of host memory, and 0\.0 GiB are free; most of it: "
     ) as e:
         check(recipe(), stage, tmp_path)
     assert e.value.exit_code == 6
