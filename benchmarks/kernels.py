@@ -105,7 +105,7 @@ def main(
     batch: Annotated[list[int], typer.Option(help="Rows of x; repeatable.")] = BATCHES,
     group_size: int = 64,
     rounds: Annotated[int, typer.Option(help="Times that ours and the others take turns; the best counts.")] = 3,
-    repeats: Annotated[int, typer.Option(help="Calls or graph replays per turn, of which the median counts.")] = 7,
+    repeats: Annotated[int, typer.Option(help="Graph replays per turn, or least calls on a CPU.")] = 7,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Append the rows to this file.")] = None,
 ) -> None:
     """Print one line per operation, shape and batch."""
