@@ -197,6 +197,8 @@ class BlockApSection(Section):
     amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Arithmetic of the blocks; `auto` is bfloat16 where the hardware has it. float16 scales its losses, and needs a
     model whose hidden states stay below 65504. Parameters are always fp32."""
+    compile: bool | None = None
+    """`torch.compile` the blocks that train; null does so on a GPU. Results differ by rounding."""
     cache: CacheSection = CacheSection()
     """Where the activations live."""
 

@@ -202,6 +202,26 @@ def test_a_failure_halves_the_rate() -> None:
     assert 0 < distances[1] < 0.6 * distances[0]
 
 
+@pytest.mark.slow
+def test_a_compiled_block_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the tracer and the automatic differentiation of torch.compile; its code generator is not ours to test."""
+    graphs: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(module.print_readable(print_output=False))
+        return module
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
+    results = []
+    for choice in (None, True):
+        setting = Setting()
+        results.append(setting.run(compile=choice))
+        assert bool(graphs) == (choice is True), "by itself nothing is compiled on a CPU"
+    assert any("qat_kernels.fake_quant" in graph for graph in graphs), "one node of the graph, whatever serves it"
+    assert results[1].validation == pytest.approx(results[0].validation, rel=1e-5)
+
+
 def test_reading_verdicts_late_changes_no_bit() -> None:
     states = []
     for late in (0, 1):
