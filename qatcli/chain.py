@@ -15,7 +15,7 @@ from qatcli.errors import InputError, UsageError
 from qatcli.evaluation.options import ModelOptions, is_recipe, section
 from qatcli.expectations import check
 from qatcli.recipe import Recipe, load_recipe, recipe_name
-from qatcli.runlog import RunLog, duration, table_width
+from qatcli.runlog import RunLog, duration, wide
 from qatcli.stages import choose_device, run_stage
 
 CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")
@@ -182,7 +182,7 @@ def run_plan(
 
     elsewhere = (device or "").startswith("cuda") and not torch.cuda.is_available()
     plan = make_plan(recipe, torch.device("cuda") if elsewhere else choose_device(device), run_dir)
-    log.console.print(render(plan), width=table_width(log.console))
+    wide(log.console).print(render(plan))
     return {"recipe": recipe_name(recipe_file), **plan}
 
 
@@ -207,7 +207,7 @@ def _print_tables(log: RunLog, metrics: dict[str, Any]) -> None:
 
     if log.verbosity >= 0:
         for table in tables(metrics):
-            log.console.print(table, width=table_width(log.console))
+            wide(log.console).print(table)
 
 
 def _begin(

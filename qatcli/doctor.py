@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qatcli import machine
-from qatcli.runlog import table_width
+from qatcli.runlog import wide
 
 GIB = 2**30
 OLDEST_PYTHON = (3, 11)
@@ -63,7 +63,7 @@ def examine() -> dict[str, Any]:
     broken = [f"{f.area}: {f.name}" for f in findings if f.state == "broken"]
     notes = sum(f.state == "note" for f in findings)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    console.print(table, width=table_width(console))
+    wide(console).print(table)
     console.print(_verdict(broken, notes))
     return {"findings": [asdict(finding) for finding in findings], "broken": broken}
 

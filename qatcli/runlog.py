@@ -21,7 +21,7 @@ from qatcli.interrupts import check
 from qatcli.progress import Bar, Every, display, duration
 from qatcli.trackers import Tracker
 
-__all__ = ["RunLog", "duration", "table_width"]
+__all__ = ["RunLog", "duration", "wide"]
 
 LONGEST_VALUE = 80  # characters of a value that -v prints
 NARROWEST = 140  # columns of a table where there is no terminal to be narrower
@@ -100,9 +100,11 @@ class RunLog:
             yield bar
 
 
-def table_width(console: Console) -> int | None:
-    """Columns for tables on `console`; None leaves them to the terminal."""
-    return None if console.is_terminal else max(NARROWEST, console.width)
+def wide(console: Console) -> Console:
+    """`console` with room for tables where there is no terminal; `print(width=...)` can only narrow them."""
+    if not console.is_terminal:
+        console.width = max(NARROWEST, console.width)
+    return console
 
 
 def _short(value: Any) -> str:

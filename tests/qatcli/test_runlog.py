@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
-from qatcli.runlog import RunLog
+from qatcli.runlog import NARROWEST, RunLog, wide
 
 
 def events(file: Path) -> list[dict[str, Any]]:
@@ -83,3 +86,12 @@ def test_events_go_to_the_trackers_of_their_stage_only(tmp_path: Path) -> None:
 def test_long_values_are_cut_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
     RunLog(verbosity=1).event("start", recipe={"key": "x" * 1000})
     assert len(capsys.readouterr().err) < 150
+
+
+@pytest.mark.parametrize(("terminal", "widest"), [(False, NARROWEST), (True, 80)])
+def test_tables_have_room_where_there_is_no_terminal(terminal: bool, widest: int) -> None:
+    console = Console(file=StringIO(), width=80, force_terminal=terminal, color_system=None, legacy_windows=False)
+    table = Table(*(f"column {index}" for index in range(20)), expand=True)
+    wide(console).print(table)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(len(line) for line in lines) == widest
