@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL | None:
     try:
         path = _built()
         loaded = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
         detail = getattr(error, "stderr", None) or error
         _logger.warning("CPU kernels run in plain torch, several times slower: %s", detail)
         return None
