@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qatcli.data import c4_windows, evaluation_windows, text_tokens
 from qatcli.errors import InputError
@@ -154,7 +154,9 @@ def _quality(
                     f"{subject.name} and {base.name} have different tokenizers: their distributions do not compare",
                     hint="set eval.kl to false, or choose another full-precision model",
                 )
-            apart = divergence(_fast(subject, device, dtype), base.model, windows, device=device, dtype=dtype)
+            apart = divergence(
+                _fast(subject, device, dtype), _fast(base, device, dtype), windows, device=device, dtype=dtype
+            )
             found["divergence"][name] = asdict(apart)
     if suite is not None and config.zero_shot is not None:
         tokens = config.zero_shot.batch_tokens
@@ -188,10 +190,14 @@ def _perplexity(
 
 
 def _fast(subject: Subject, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model as quality is measured. On a CPU packed weights are unpacked once instead of in every pass, which
-    computes the same."""
+    """The model as quality is measured: all of it in `dtype` if that is fp32, whatever it is stored in.
+
+    On a CPU packed weights are unpacked once instead of in every pass, which computes the same.
+    """
     if device.type == "cpu":
-        dense_linears(subject.model, subject.model.dtype if dtype == torch.float32 else dtype)
+        dense_linears(subject.model, dtype)
+    if dtype == torch.float32:
+        nn.Module.float(subject.model)  # transformers' own refuses a model that was loaded from packed codes
     return subject.model
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from qatcli.errors import InputError
 from qatcli.evaluation import cache, measure
+from qatcli.evaluation.candidates import Candidate
 from qatcli.evaluation.compare import compare
 from qatcli.evaluation.tables import tables
 from qatcli.hf import load_packed
@@ -134,6 +135,16 @@ def test_another_version_measures_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert cache.remembered({}, tmp_path, CPU, lambda: 1.0) == 1.0
     monkeypatch.setattr(cache, "version", lambda name: "0.0")
     assert cache.remembered({}, tmp_path, CPU, lambda: 2.0) == 2.0
+
+
+def test_fp32_is_fp32_whatever_the_weights_are_stored_in(packed: Path, config: EvalSection) -> None:
+    def load() -> Any:
+        return load_packed(packed, dtype=torch.float16, device=CPU)
+
+    subject = measure.Subject(Candidate("half", load, lambda: None, packed, "packed codes"), config)
+    assert {parameter.dtype for parameter in subject.model.parameters()} == {torch.float16, torch.float32}
+    model = measure._fast(subject, CPU, torch.float32)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
