@@ -186,8 +186,12 @@ def e2e_qp(s: Setting) -> list[Phase]:
 
 
 def pack(s: Setting) -> list[Phase]:
-    """Collect a shard and write it."""
-    host = {"shard": min(SHARD, pack_bytes(s)), "reading": s.model.dtype.itemsize * s.model.outside}
+    """Collect a shard and write it. A tensor that keeps its type is in the shard as the pages it was read from."""
+    model, given, stored = s.model, s.recipe.pack.dtype, str(s.model.dtype).removeprefix("torch.")
+    host = {"shard": min(SHARD, pack_bytes(s))}
+    if stored == "float32" if given == "auto" else given != stored:
+        # The largest is checked for what is not finite: its absolute value in half precision, and two truth values.
+        host |= {"reading": model.dtype.itemsize * model.outside, "check": 4 * model.vocabulary * model.hidden}
     return [Phase("writing", {}, {}, host)]
 
 
