@@ -84,7 +84,7 @@ void fake_quant_backward(const Grad* grad, const float* weight, const float* sca
         for (int64_t i = 0; i < size; i++) {
             float ratio = w[i] / grid.scale, rounded = rintf(ratio), out = load(g + i);
             float step = clamp(rounded, grid.lowest, grid.highest);
-            float inside = step == rounded ? 1.0f : 0.0f;
+            float inside = float((rounded >= grid.lowest) & (rounded <= grid.highest));  // && would not vectorize
             float passed = out * inside;  // a product: what is not finite in `out` is not hidden by a mask
             d[i] = passed;
             sum_scale += (step - ratio * inside) * out;
