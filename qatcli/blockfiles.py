@@ -126,7 +126,11 @@ def finish(directory: Path, model: BlockModel, quant: QuantSection) -> None:
     index_shards(directory, sorted(directory.glob("model-*.safetensors")))
     config = read_config(model.source.path)
     config["quantization_config"] = quantization_config(
-        modules, bits=quant.bits, group_size=quant.group_size, symmetric=quant.zero_points == "middle", scale_dtype=torch.float32
+        modules,
+        bits=quant.bits,
+        group_size=quant.group_size,
+        symmetric=quant.zero_points == "middle",
+        scale_dtype=torch.float32,
     )
     write_config(directory, config)
     for file in companion_files(model.source.path):

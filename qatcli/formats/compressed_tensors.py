@@ -106,7 +106,9 @@ def _scheme(settings: Settings, name: str) -> dict[str, Any] | None:
 
 def _declared(settings: Settings, name: str) -> Kind | None:
     scheme = _scheme(settings, name)
-    return scheme and (scheme["num_bits"], -1 if scheme["strategy"] == "channel" else scheme["group_size"])
+    if scheme is None:
+        return None
+    return scheme["num_bits"], -1 if scheme["strategy"] == "channel" else scheme["group_size"]
 
 
 def _read(settings: Settings, files: TensorFiles, name: str) -> readback.Triple:
