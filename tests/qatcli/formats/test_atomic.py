@@ -33,9 +33,10 @@ def test_nothing_is_left_when_the_disk_is_full(
     def no_space(*_: object, **__: object) -> None:
         raise error
 
+    checkpoint = packed(2)  # written before the disk is full
     monkeypatch.setattr(function, no_space)
     with pytest.raises(ResourceError, match="no space left"):
-        FORMATS[name].write(packed(2), tmp_path / "out", INTEGERS_ONLY)
+        FORMATS[name].write(checkpoint, tmp_path / "out", INTEGERS_ONLY)
     assert list(tmp_path.iterdir()) == []
 
 
