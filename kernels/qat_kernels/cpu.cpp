@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
@@ -95,26 +96,35 @@ void fake_quant_backward(const Grad* grad, const float* weight, const float* sca
     }
 }
 
-// Codes 8 * unit .. 8 * unit + 7 of a row.
-template <int BITS> inline Ints decode(const uint8_t* row, int64_t unit) {
+// Eight codes of BITS bits from the bytes at `from`, the first of which starts `skip` bits in. Reads four bytes, eight
+// for 8 bits.
+template <int BITS> inline Ints decode(const uint8_t* from, uint32_t skip = 0) {
     const Words shifts = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS};
-    const uint8_t* from = row + unit * BITS;
     uint32_t word;
-    if (BITS == 2)
-        word = from[0] | from[1] << 8;
-    else if (BITS == 3)
-        word = from[0] | from[1] << 8 | from[2] << 16;  // not a fourth byte: there may be none
-    else
-        memcpy(&word, from, 4);
-    return Ints(((Words{} + word) >> shifts) & ((1u << BITS) - 1));
+    memcpy(&word, from, 4);
+    return Ints(((Words{} + word) >> (shifts + skip)) & ((1u << BITS) - 1));
 }
 
-template <> inline Ints decode<8>(const uint8_t* row, int64_t unit) {
+template <> inline Ints decode<8>(const uint8_t* from, uint32_t) {
     const Words shifts = {0, 8, 16, 24, 0, 8, 16, 24};
     uint32_t word[2];
-    memcpy(word, row + unit * 8, 8);
+    memcpy(word, from, 8);
     const Words words = {word[0], word[0], word[0], word[0], word[1], word[1], word[1], word[1]};
     return Ints((words >> shifts) & 0xff);
+}
+
+// Codes 8 * unit .. 8 * unit + 7 of a row, in any order of units.
+template <int BITS> inline Ints decode_unit(const uint8_t* row, int64_t unit) {
+    uint8_t bytes[8] = {};
+    memcpy(bytes, row + unit * BITS, BITS);  // no byte more: there may be none
+    return decode<BITS>(bytes);
+}
+
+// Codes 8 * unit .. 8 * unit + 7 of four units that start at `from`, which are BITS whole words: four bytes can be read
+// for each of them, for the last at most from a byte or two before its own.
+template <int BITS> inline Ints decode_of_four(const uint8_t* from, int unit) {
+    const int start = unit * BITS, last = 4 * BITS - 4, first = BITS == 8 || start < last ? start : last;
+    return decode<BITS>(from + first, 8 * (start - first));
 }
 
 inline float sum(const Floats& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
@@ -130,36 +140,61 @@ void dequantize(const uint8_t* packed, const float* scale, const uint8_t* zero, 
             const float s = scale[n * groups + group];
             const int32_t z = zero[n * groups + group];
             for (int64_t i = 0; i < size; i += LANES, unit++, o += LANES) {
-                const Floats values = __builtin_convertvector(decode<BITS>(row, unit) - z, Floats) * s;
+                const Floats values = __builtin_convertvector(decode_unit<BITS>(row, unit) - z, Floats) * s;
                 for (int lane = 0; lane < LANES; lane++) store(values[lane], o + lane);
             }
         }
     }
 }
 
-// y [M, N] for M = COUNT rows of x [M, K]: a code is decoded once for all of them.
+inline void multiply(Floats& sum, const Floats& codes, const float* from) {
+    Floats x;
+    memcpy(&x, from, sizeof(x));
+    sum += codes * x;
+}
+
+// y [M, N] for M = COUNT rows of x [M, K]: a code is decoded once for all of them. Sums run in four chains at least,
+// because one waits for its last addition. The zero point is taken out of them: sum((q - z) x) = sum(q x) - z sum(x).
 template <int BITS, int COUNT>
 void matmul(const float* x, const uint8_t* packed, const float* scale, const uint8_t* zero, float* y, int64_t rows,
             int64_t groups, int64_t size, int64_t row_bytes, int threads) {
-    const int64_t columns = groups * size;
+    const int CHAINS = COUNT < 4 ? 4 / COUNT : 1;
+    const int64_t columns = groups * size, units = size / LANES;
+    std::vector<float> sums(COUNT * groups);
+    for (int64_t group = 0; group < COUNT * groups; group++)
+        for (int64_t i = 0; i < size; i++) sums[group] += x[group * size + i];
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < rows; n++) {
         const uint8_t* row = packed + n * row_bytes;
         Floats total[COUNT] = {};
-        for (int64_t unit = 0, group = 0; group < groups; group++) {
-            const int32_t z = zero[n * groups + group];
-            Floats inner[COUNT] = {};
-            for (int64_t i = 0; i < size; i += LANES, unit++) {
-                const Floats steps = __builtin_convertvector(decode<BITS>(row, unit) - z, Floats);
-                for (int m = 0; m < COUNT; m++) {
-                    Floats values;
-                    memcpy(&values, x + m * columns + unit * LANES, sizeof(values));
-                    inner[m] += steps * values;
-                }
+        float shift[COUNT] = {};
+        for (int64_t group = 0; group < groups; group++) {
+            const float s = scale[n * groups + group], z = zero[n * groups + group] * s;
+            const float* from = x + group * size;
+            Floats inner[COUNT][CHAINS] = {};
+            int64_t unit = 0;
+            if (size % 32 == 0)  // then groups start at whole words
+                for (; unit < units; unit += 4)
+#pragma GCC unroll 4
+                    for (int i = 0; i < 4; i++) {
+                        const Ints codes = decode_of_four<BITS>(row + (group * units + unit) * BITS, i);
+                        const Floats values = __builtin_convertvector(codes, Floats);
+                        for (int m = 0; m < COUNT; m++)
+                            multiply(inner[m][i % CHAINS], values, from + m * columns + (unit + i) * LANES);
+                    }
+            for (; unit < units; unit++) {
+                const Ints codes = decode_unit<BITS>(row, group * units + unit);
+                const Floats values = __builtin_convertvector(codes, Floats);
+                for (int m = 0; m < COUNT; m++) multiply(inner[m][0], values, from + m * columns + unit * LANES);
             }
-            for (int m = 0; m < COUNT; m++) total[m] += inner[m] * scale[n * groups + group];
+            for (int m = 0; m < COUNT; m++) {
+                Floats whole = inner[m][0];
+                for (int chain = 1; chain < CHAINS; chain++) whole += inner[m][chain];
+                total[m] += whole * s;
+                shift[m] += z * sums[m * groups + group];
+            }
         }
-        for (int m = 0; m < COUNT; m++) y[m * rows + n] = sum(total[m]);
+        for (int m = 0; m < COUNT; m++) y[m * rows + n] = sum(total[m]) - shift[m];
     }
 }
 
