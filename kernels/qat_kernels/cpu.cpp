@@ -96,35 +96,38 @@ void fake_quant_backward(const Grad* grad, const float* weight, const float* sca
     }
 }
 
-// Eight codes of BITS bits from the bytes at `from`, the first of which starts `skip` bits in. Reads four bytes, eight
-// for 8 bits.
-template <int BITS> inline Ints decode(const uint8_t* from, uint32_t skip = 0) {
+// Eight codes of BITS bits from the lowest bits of `word`, after the first `skip`.
+template <int BITS> inline Ints decode(uint32_t word, uint32_t skip = 0) {
     const Words shifts = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS};
-    uint32_t word;
-    memcpy(&word, from, 4);
     return Ints(((Words{} + word) >> (shifts + skip)) & ((1u << BITS) - 1));
 }
 
-template <> inline Ints decode<8>(const uint8_t* from, uint32_t) {
+inline uint32_t load_word(const uint8_t* from) {
+    uint32_t word;
+    memcpy(&word, from, 4);
+    return word;
+}
+
+inline Ints decode_bytes(const uint8_t* from) {
     const Words shifts = {0, 8, 16, 24, 0, 8, 16, 24};
-    uint32_t word[2];
-    memcpy(word, from, 8);
-    const Words words = {word[0], word[0], word[0], word[0], word[1], word[1], word[1], word[1]};
+    const uint32_t low = load_word(from), high = load_word(from + 4);
+    const Words words = {low, low, low, low, high, high, high, high};
     return Ints((words >> shifts) & 0xff);
 }
 
-// Codes 8 * unit .. 8 * unit + 7 of a row, in any order of units.
-template <int BITS> inline Ints decode_unit(const uint8_t* row, int64_t unit) {
-    uint8_t bytes[8] = {};
-    memcpy(bytes, row + unit * BITS, BITS);  // no byte more: there may be none
-    return decode<BITS>(bytes);
+// The eight codes that start at `from`. Reads no byte more: there may be none.
+template <int BITS> inline Ints decode_unit(const uint8_t* from) {
+    if (BITS == 8) return decode_bytes(from);
+    if (BITS == 4) return decode<BITS>(load_word(from));
+    return decode<BITS>(from[0] | from[1] << 8 | (BITS == 3 ? from[2] << 16 : 0));
 }
 
-// Codes 8 * unit .. 8 * unit + 7 of four units that start at `from`, which are BITS whole words: four bytes can be read
-// for each of them, for the last at most from a byte or two before its own.
+// Unit 0 to 3 of the 32 codes that start at `from`, which are BITS whole words: one load each, for the last from up to
+// two bytes before its own.
 template <int BITS> inline Ints decode_of_four(const uint8_t* from, int unit) {
-    const int start = unit * BITS, last = 4 * BITS - 4, first = BITS == 8 || start < last ? start : last;
-    return decode<BITS>(from + first, 8 * (start - first));
+    if (BITS == 8) return decode_bytes(from + unit * BITS);
+    const int start = unit * BITS, last = 4 * BITS - 4, first = start < last ? start : last;
+    return decode<BITS>(load_word(from + first), 8 * (start - first));
 }
 
 inline float sum(const Floats& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
@@ -140,7 +143,7 @@ void dequantize(const uint8_t* packed, const float* scale, const uint8_t* zero, 
             const float s = scale[n * groups + group];
             const int32_t z = zero[n * groups + group];
             for (int64_t i = 0; i < size; i += LANES, unit++, o += LANES) {
-                const Floats values = __builtin_convertvector(decode_unit<BITS>(row, unit) - z, Floats) * s;
+                const Floats values = __builtin_convertvector(decode_unit<BITS>(row + unit * BITS) - z, Floats) * s;
                 for (int lane = 0; lane < LANES; lane++) store(values[lane], o + lane);
             }
         }
@@ -183,7 +186,7 @@ void matmul(const float* x, const uint8_t* packed, const float* scale, const uin
                             multiply(inner[m][i % CHAINS], values, from + m * columns + (unit + i) * LANES);
                     }
             for (; unit < units; unit++) {
-                const Ints codes = decode_unit<BITS>(row, group * units + unit);
+                const Ints codes = decode_unit<BITS>(row + (group * units + unit) * BITS);
                 const Floats values = __builtin_convertvector(codes, Floats);
                 for (int m = 0; m < COUNT; m++) multiply(inner[m][0], values, from + m * columns + unit * LANES);
             }
