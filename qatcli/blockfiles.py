@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatcli.directory import LOG_FILE
+from qatcli.directory import LOG_FILE, file_sha256
+from qatcli.interrupts import write_in_hand
 from qatcli.linear import replace_modules
 from qatcli.models.blocks import BlockModel
 from qatcli.packed import (
@@ -32,6 +33,7 @@ from qatcli.packed import (
     write_config,
 )
 from qatcli.recipe.schema import QuantSection
+from qatcli.runlog import RunLog
 from qatcli.shards import index_shards, load_tensors, save_tensors
 
 OUTSIDE = "model-outside-blocks.safetensors"
@@ -42,20 +44,31 @@ def block_file(directory: Path, index: int) -> Path:
     return directory / f"model-block-{index:04d}.safetensors"
 
 
-def save_block(directory: Path, index: int, linears: dict[str, QuantizedLinear], others: dict[str, Tensor]) -> None:
-    """Write one block: its quantized linears and its other tensors (norms), by full name."""
+def save_block(
+    directory: Path,
+    index: int,
+    linears: dict[str, QuantizedLinear],
+    others: dict[str, Tensor],
+    *,
+    log: RunLog,
+    event: dict[str, Any],
+) -> None:
+    """Write one block, its quantized linears and its other tensors (norms) by full name, and its `block` event."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in others.items()}
     for name, linear in linears.items():
         packed = pack_linear(name, linear)
         tensors.update({key: value.cpu() for key, value in packed.items()})
-    save_tensors(block_file(directory, index), tensors)
+    file = block_file(directory, index)
+    with write_in_hand():
+        save_tensors(file, tensors)
+        log.event("block", index=index, **event, sha256=file_sha256(file))
 
 
 def finished_blocks(directory: Path) -> dict[int, dict[str, Any]]:
-    """Index -> `block` event of every block that is in the log and on disk: what a resumed stage keeps.
+    """Index -> `block` event of every block that is in the log and, as it was written, on disk: what is kept.
 
-    A block's event is logged before its file appears. A crash of the machine may keep either without the other; such
-    a block is made again.
+    A crash of the machine may keep a file or its event without the other, or a part of the file; such a block is made
+    again, and comes out the same.
     """
     log = directory / LOG_FILE
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
@@ -63,9 +76,13 @@ def finished_blocks(directory: Path) -> dict[int, dict[str, Any]]:
     for line in lines:
         with contextlib.suppress(ValueError):  # half a line, where a disk was full
             event = json.loads(line)
-            if event["event"] == "block" and block_file(directory, event["index"]).is_file():
+            if event["event"] == "block":
                 found[event["index"]] = event
-    return found
+    return {index: event for index, event in found.items() if _is_whole(block_file(directory, index), event)}
+
+
+def _is_whole(file: Path, event: dict[str, Any]) -> bool:
+    return file.is_file() and file_sha256(file) == event.get("sha256")
 
 
 def block_quants(model: BlockModel, index: int, quant: QuantSection) -> dict[str, ModuleQuant]:

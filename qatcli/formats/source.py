@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qatcli.casting import equally_finite
 from qatcli.errors import InputError, QatError
 from qatcli.packed import SCALE, ZERO_POINT, PackedCheckpoint, unpack_zero_point
 
@@ -126,6 +127,6 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     out = tensor.to(dtype)
-    if not torch.equal(torch.isfinite(out), torch.isfinite(tensor)):
+    if not equally_finite(out, tensor):
         raise QatError(f"{name} has values beyond {dtype}", hint="export dense or native with dtype bfloat16")
     return out

@@ -187,11 +187,10 @@ def e2e_qp(s: Setting) -> list[Phase]:
 
 def pack(s: Setting) -> list[Phase]:
     """Collect a shard and write it. A tensor that keeps its type is in the shard as the pages it was read from."""
-    model, given, stored = s.model, s.recipe.pack.dtype, str(s.model.dtype).removeprefix("torch.")
+    given, stored = s.recipe.pack.dtype, str(s.model.dtype).removeprefix("torch.")
     host = {"shard": min(SHARD, pack_bytes(s))}
     if stored == "float32" if given == "auto" else given != stored:
-        # The largest is checked for what is not finite: its absolute value in half precision, and two truth values.
-        host |= {"reading": model.dtype.itemsize * model.outside, "check": 4 * model.vocabulary * model.hidden}
+        host["reading"] = s.model.dtype.itemsize * s.model.outside
     return [Phase("writing", {}, {}, host)]
 
 
@@ -199,29 +198,40 @@ def evaluate(s: Setting) -> list[Phase]:
     """Measure one model after another, beside the full-precision one."""
     config, model = s.recipe.eval, s.model
     dtype = s.dtype("auto")
-    stored = model.total * model.dtype.itemsize
-    packed = pack_bytes(s)
-    # On a CPU packed linears are unpacked once; round-to-nearest is measured in fp32.
-    unpacked = packed + (_quantized(model) * dtype.itemsize if s.on_cpu else 0)
+    # Where it is measured in fp32 all of it is; on a CPU packed linears are unpacked once.
+    stored = FP32 if dtype == torch.float32 else model.dtype.itemsize
+    full = model.total * stored
+    packed = full + _quantized(model) * (dtype.itemsize - stored) if s.on_cpu else pack_bytes(s)
     rounded = FP32 * model.total if "round_to_nearest" in config.baselines else 0
-    models = {"full precision": stored if config.kl or "full_precision" in config.baselines else 0}
-    measured = {"measured model": max(unpacked, rounded)}
+    models = {
+        "full precision": full if config.kl or "full_precision" in config.baselines else 0,
+        "measured model": max(packed, rounded),
+    }
     work = 0
     for text in config.perplexity:
         batch = max(1, BATCH_TOKENS // text.seq_len)
+        batch = min(batch, text.windows or batch)
         row = text.seq_len * model.vocabulary
         forward = model.passes("dense", batch, text.seq_len, model.dtype, dtype).forward
         work = max(work, batch * row * dtype.itemsize + max(forward, 2 * FP32 * row))
         if config.kl:  # both log-probabilities, and their divergence
             work = max(work, 5 * FP32 * row)
-    host = {"reading": s.reading(model.total), "tokenizer": TOKENIZER}
-    return [Phase("measuring", {**models, **measured}, {"work": work}, host)]
+    host = {"reading": 0 if s.on_cpu else s.reading(model.total), "tokenizer": TOKENIZER}
+    return [Phase("measuring", models, {"work": work}, host)]
 
 
 def export(s: Setting) -> list[Phase]:
-    """Write one format; comparing logits builds the dense model in fp32."""
-    dense = FP32 * s.model.total if s.recipe.export.verify and s.recipe.export.runtimes else 0
-    return [Phase("comparing", {}, {}, {"shard": min(SHARD, pack_bytes(s)), "dense model": dense})]
+    """Write one format, then compare every tensor with its source; comparing logits builds the dense model in fp32."""
+    model, verify = s.model, s.recipe.export.verify
+    embedding = model.vocabulary * model.hidden
+    writing = {"shard": min(SHARD, pack_bytes(s)), "reading": model.dtype.itemsize * model.outside}
+    phases = [Phase("writing", {}, {}, writing)]
+    if verify:
+        # The largest tensor, cast from its source and then beside what is in the file.
+        compared = {"comparing": embedding * (2 + max(2, model.dtype.itemsize))}
+        dense = FP32 * model.total if s.recipe.export.runtimes else 0
+        phases.append(Phase("comparing", {}, {}, {**compared, "dense model": dense}))
+    return phases
 
 
 MEMORY: dict[str, Callable[[Setting], list[Phase]]] = {

@@ -83,15 +83,6 @@ def _batches_fit_samples(recipe: Recipe) -> Iterator[Problem]:
             yield Problem((section, "batch_size"), f"is more than the {samples} training windows", size)
 
 
-def _best_needs_validation(recipe: Recipe) -> Iterator[Problem]:
-    for section, keep_best, windows, where in (
-        ("block_ap", recipe.block_ap.keep_best, recipe.calibrate.validation_samples, "calibrate"),
-        ("e2e_qp", recipe.e2e_qp.keep_best, recipe.e2e_qp.validation_samples, "e2e_qp"),
-    ):
-        if keep_best and windows == 0:
-            yield Problem((section, "keep_best"), f"needs {where}.validation_samples above 0", keep_best)
-
-
 def _moments_are_measured(recipe: Recipe) -> Iterator[Problem]:
     if recipe.calibrate.moment_samples:
         return
@@ -160,10 +151,6 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (_data_keys_have_effect, ("calibrate.data", "e2e_qp.data")),
     (_micro_batch_divides, ("e2e_qp.batch_size", "e2e_qp.micro_batch_size")),
     (_batches_fit_samples, ("block_ap.batch_size", "calibrate.samples", "e2e_qp.batch_size", "e2e_qp.samples")),
-    (
-        _best_needs_validation,
-        ("block_ap.keep_best", "calibrate.validation_samples", "e2e_qp.keep_best", "e2e_qp.validation_samples"),
-    ),
     (_moments_are_measured, ("quant.init", "block_ap.rounding", "calibrate.moment_samples")),
     (_rates_match_units, ("method", *(f"{s}.{key}" for s in ("block_ap", "e2e_qp") for key in _RATES))),
     (_trained_have_rates, ("e2e_qp.train", "e2e_qp.lr_scales", "e2e_qp.lr_norms")),

@@ -138,7 +138,7 @@ class CalibrateSection(Section):
     """Where the windows come from."""
     samples: Count = 4096
     """Training windows."""
-    validation_samples: CountOrZero = 64
+    validation_samples: Count = 64
     """Held-out windows, from documents that the training windows do not touch."""
     seq_len: Annotated[int, Number, Field(ge=8)] = 2048
     """Tokens per window."""
@@ -210,7 +210,7 @@ class E2eQpSection(Section):
     """Where the windows come from; null takes `calibrate.data`. Instruction data make this stage fine-tuning."""
     samples: Count = 4096
     """Training windows."""
-    validation_samples: CountOrZero = 16
+    validation_samples: Count = 16
     """Held-out windows."""
     seq_len: Annotated[int, Number, Field(ge=8)] = 4096
     """Tokens per window."""

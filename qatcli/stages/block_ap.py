@@ -140,9 +140,8 @@ def _train(
     # Against the weights as they were: those of `block` are the trained ones now.
     errors = weight_errors(model.load_block(index, job.device, torch.float32), prefix, trained, moments)
     seconds = round(time.monotonic() - started, 3)
-    event = {"index": index, **asdict(result), "relative_error": errors, "seconds": seconds}
-    job.log.event("block", **event)
-    save_block(job.out, index, trained, others)
+    event = {**asdict(result), "relative_error": errors, "seconds": seconds}
+    save_block(job.out, index, trained, others, log=job.log, event=event)
     if result.backoffs:
         job.log.warn(f"block {index}: non-finite loss or gradient {result.backoffs} times; best iterate kept")
     return event

@@ -128,6 +128,5 @@ def _round_block(
         errors[name] = relative_error(weight, scale, zero_point, **shape, moment=moment)
     quantized = tuple(f"{name}." for name in quants)
     others = {prefix + n: t for n, t in block.state_dict().items() if not (prefix + n).startswith(quantized)}
-    job.log.event("block", index=index, relative_error=errors)
-    save_block(job.out, index, linears, others)
+    save_block(job.out, index, linears, others, log=job.log, event={"relative_error": errors})
     return errors

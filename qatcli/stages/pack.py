@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qatcli.casting import all_finite
 from qatcli.errors import VerificationError
 from qatcli.packed import PACKED, SCALE, ZERO_POINT, PackedCheckpoint, write_config
 from qatcli.shards import ShardWriter
@@ -39,8 +40,8 @@ def run(job: Job) -> dict[str, Any]:
                 _check_finite(name, rounded)
                 tensor = rounded
             elif name not in kept and tensor.is_floating_point() and dense_dtype is not None:
-                _check_finite(name, tensor.to(dense_dtype))
                 tensor = tensor.to(dense_dtype)
+                _check_finite(name, tensor)
             writer.add(name, tensor)
             bar.advance()
     writer.close()
@@ -60,7 +61,7 @@ def _dense_dtype(choice: str, config: dict[str, Any]) -> torch.dtype | None:
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise VerificationError(
             f"{name} does not fit {str(tensor.dtype).removeprefix('torch.')}",
             hint="set pack.scale_dtype or pack.dtype to float32",

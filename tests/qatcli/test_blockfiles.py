@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qatcli.blockfiles import block_file, load_quantized_block, read_linear, save_block
+from qatcli.blockfiles import block_file, finished_blocks, load_quantized_block, read_linear, save_block
+from qatcli.directory import LOG_FILE
 from qatcli.packed import QuantizedLinear, module_quant
+from qatcli.runlog import RunLog
 from qatcli.shards import load_tensors
 
 
@@ -58,7 +60,8 @@ def test_what_is_saved_is_what_runs(tmp_path: Path, linear: QuantizedLinear) -> 
         "norm.bias": torch.randn(32),
         "layer_scalar": torch.tensor([2.5]),
     }
-    save_block(tmp_path, 1, {name: linear}, {f"model.layers.1.{key}": value for key, value in others.items()})
+    named = {f"model.layers.1.{key}": value for key, value in others.items()}
+    save_block(tmp_path, 1, {name: linear}, named, log=RunLog(), event={})
     block = load_quantized_block(tmp_path, model, 1, {name: module_quant(linear)}, torch.device("cpu"))
 
     expected = Router()
@@ -71,7 +74,7 @@ def test_what_is_saved_is_what_runs(tmp_path: Path, linear: QuantizedLinear) -> 
 
 def test_a_block_file_is_a_shard_of_a_packed_checkpoint(tmp_path: Path, linear: QuantizedLinear) -> None:
     name = "model.layers.7.gate"
-    save_block(tmp_path, 7, {name: linear}, {"model.layers.7.norm.weight": torch.ones(32)})
+    save_block(tmp_path, 7, {name: linear}, {"model.layers.7.norm.weight": torch.ones(32)}, log=RunLog(), event={})
     assert [file.name for file in tmp_path.iterdir()] == ["model-block-0007.safetensors"]
     tensors = load_tensors(block_file(tmp_path, 7))
     suffixes = ("weight_packed", "weight_scale", "weight_zero_point", "bias")
@@ -79,3 +82,18 @@ def test_a_block_file_is_a_shard_of_a_packed_checkpoint(tmp_path: Path, linear: 
     _, scale, zero_point = read_linear(tensors, name, module_quant(linear))
     assert torch.equal(scale, linear.scale)
     assert torch.equal(zero_point, linear.zero_point)
+
+
+def test_only_blocks_that_are_as_they_were_written_are_kept(tmp_path: Path, linear: QuantizedLinear) -> None:
+    log = RunLog(tmp_path / LOG_FILE)
+    for index in range(4):
+        name = f"model.layers.{index}.gate"
+        save_block(tmp_path, index, {name: linear}, {}, log=log, event={"after": float(index)})
+    assert {index: event["after"] for index, event in finished_blocks(tmp_path).items()} == {0: 0, 1: 1, 2: 2, 3: 3}
+
+    flipped = bytearray(block_file(tmp_path, 1).read_bytes())
+    flipped[-1] ^= 1
+    block_file(tmp_path, 1).write_bytes(flipped)
+    block_file(tmp_path, 2).unlink()
+    block_file(tmp_path, 3).write_bytes(block_file(tmp_path, 3).read_bytes()[:-1])
+    assert list(finished_blocks(tmp_path)) == [0]

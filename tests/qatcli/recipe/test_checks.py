@@ -28,8 +28,6 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"e2e_qp": {"micro_batch_size": 3}}, "e2e_qp.micro_batch_size", "must divide batch_size 32: 1, 2, 4, 8, 16, 32"),
     ({"block_ap": {"batch_size": 5000}}, "block_ap.batch_size", "more than the 4096 training windows"),
     ({"e2e_qp": {"samples": 31}}, "e2e_qp.batch_size", "more than the 31 training windows"),
-    ({"calibrate": {"validation_samples": 0}}, "block_ap.keep_best", "needs calibrate.validation_samples above 0"),
-    ({"e2e_qp": {"validation_samples": 0}}, "e2e_qp.keep_best", "needs e2e_qp.validation_samples above 0"),
     ({"calibrate": {"moment_samples": 0}, "quant": {"init": "mse"}}, "block_ap.rounding", "needs calibrate.moment"),
     ({"calibrate": {"moment_samples": 0}, "block_ap": {"rounding": "nearest"}}, "quant.init", "needs calibrate.moment"),
     ({"block_ap": {"lr_weights": 2e-5}}, "block_ap.lr_weights", "is an absolute rate, not a reach"),

@@ -98,7 +98,7 @@ def test_values_out_of_range(build: Callable[..., Recipe], section: str, key: st
     [
         ("quant", "group_size", -1),
         ("quant", "group_size", 96),
-        ("calibrate", "validation_samples", 0),
+        ("calibrate", "validation_samples", 1),
         ("block_ap", "epochs", 0),
         ("block_ap", "lr_norms", 0),
         ("block_ap", "min_lr_factor", None),
