@@ -45,6 +45,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 def part_peak(device: torch.device) -> Iterator[dict[str, int]]:
     """The dict it gives holds, at the end, how far the part rose above what was in use at its beginning."""
     _highest.update(peak_memory(device))
+    release_memory()  # else what an earlier part freed is taken again, and nothing rises
     _restart(device)
     before = _in_use(device)
     rise: dict[str, int] = {}

@@ -33,6 +33,17 @@ def test_a_part_counts_from_its_own_beginning() -> None:
     assert len(held) == SIZE
 
 
+def test_a_part_counts_memory_that_an_earlier_one_gave_back() -> None:
+    torch.ones(SIZE // 4, dtype=torch.uint8)  # C's allocator keeps what is smaller than the largest that it gave back
+    above = []
+    for _ in range(2):
+        with part_peak(CPU) as rise:
+            tensors = [torch.ones(SIZE // 64, dtype=torch.uint8) for _ in range(64)]
+        assert 0.9 * SIZE < rise["host_bytes"] < 1.9 * SIZE
+        above.append(torch.ones(SIZE // 64, dtype=torch.uint8))  # without it the end of the heap is given back
+        del tensors
+
+
 def test_a_part_does_not_hide_the_peak_before_it() -> None:
     start_peak(CPU)
     _touch()
