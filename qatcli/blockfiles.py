@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatcli.directory import LOG_FILE, file_sha256
-from qatcli.interrupts import write_in_hand
+from qatcli.directory import LOG_FILE
+from qatcli.errors import InputError
 from qatcli.linear import replace_modules
 from qatcli.models.blocks import BlockModel
 from qatcli.packed import (
@@ -34,7 +34,7 @@ from qatcli.packed import (
 )
 from qatcli.recipe.schema import QuantSection
 from qatcli.runlog import RunLog
-from qatcli.shards import index_shards, load_tensors, save_tensors
+from qatcli.shards import digest, index_shards, load_tensors, save_tensors
 
 OUTSIDE = "model-outside-blocks.safetensors"
 
@@ -58,17 +58,15 @@ def save_block(
     for name, linear in linears.items():
         packed = pack_linear(name, linear)
         tensors.update({key: value.cpu() for key, value in packed.items()})
-    file = block_file(directory, index)
-    with write_in_hand():
-        save_tensors(file, tensors)
-        log.event("block", index=index, **event, sha256=file_sha256(file))
+    log.event("block", index=index, **event, sha256=digest(tensors))
+    save_tensors(block_file(directory, index), tensors)
 
 
 def finished_blocks(directory: Path) -> dict[int, dict[str, Any]]:
     """Index -> `block` event of every block that is in the log and, as it was written, on disk: what is kept.
 
-    A crash of the machine may keep a file or its event without the other, or a part of the file; such a block is made
-    again, and comes out the same.
+    A block's event is logged before its file appears. A crash of the machine may keep either without the other, or a
+    part of the file; such a block is made again, and comes out the same.
     """
     log = directory / LOG_FILE
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
@@ -82,7 +80,10 @@ def finished_blocks(directory: Path) -> dict[int, dict[str, Any]]:
 
 
 def _is_whole(file: Path, event: dict[str, Any]) -> bool:
-    return file.is_file() and file_sha256(file) == event.get("sha256")
+    try:
+        return digest(load_tensors(file)) == event.get("sha256")
+    except InputError:
+        return False
 
 
 def block_quants(model: BlockModel, index: int, quant: QuantSection) -> dict[str, ModuleQuant]:

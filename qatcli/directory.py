@@ -80,7 +80,7 @@ def open_stage(path: Path, *, kinds: tuple[str, ...] = ()) -> StageDirectory:
             f"{path} holds a {facts['kind']}; expected {' or '.join(kinds)}", hint="give another directory with --from"
         )
     for name, expected in facts["files"].items():
-        if file_sha256(file_inside(path, name)) != expected:
+        if _sha256(file_inside(path, name)) != expected:
             raise InputError(f"{path / name} is damaged: its sha256 is not the one in {STAGE_FILE}", hint=REMAKE)
     return StageDirectory(path, facts)
 
@@ -89,7 +89,7 @@ def foreign_checkpoint(path: Path) -> StageDirectory:
     """A checkpoint directory of another tool as a stage's input. InputError when it is not a directory."""
     if not path.is_dir():
         raise InputError(f"{path} is not a directory")
-    files = {str(file.relative_to(path)): file_sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    files = {str(file.relative_to(path)): _sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
     return StageDirectory(path, {"kind": "checkpoint", "identity": {}, "files": files})
 
 
@@ -215,7 +215,7 @@ def commit(path: Path, partial: Path, facts: dict[str, Any]) -> StageDirectory:
     check()
     not_digested = {partial / LOG_FILE, partial / STAGE_FILE, *partial.glob(RESUME_FILES)}
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file not in not_digested)
-    digests = {str(file.relative_to(partial)): file_sha256(file) for file in files}
+    digests = {str(file.relative_to(partial)): _sha256(file) for file in files}
     facts = json.loads(json.dumps({"format_version": FORMAT_VERSION, **facts, "files": digests}))
     write_json(partial / STAGE_FILE, {**facts, "digest": _digest(facts)})
     for file in [*files, partial / STAGE_FILE]:
@@ -283,8 +283,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def file_sha256(file: Path) -> str:
-    """sha256 of a file's content."""
+def _sha256(file: Path) -> str:
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +21,8 @@ from qatcli.interrupts import write_in_hand
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DIGEST = "sha256"
+RESTORE = "restore the file, or make the directory it is in again, a stage with --restart"
 
 
 class ShardWriter:
@@ -108,8 +112,34 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        hint = "restore the file, or make the directory it is in again, a stage with --restart"
-        raise InputError(f"{file} cannot be read: {error}", hint=hint) from error
+        raise InputError(f"{file} cannot be read: {error}", hint=RESTORE) from error
+
+
+def save_state(file: Path, tensors: dict[str, Tensor]) -> None:
+    """As `save_tensors`, their digest with them: for what is read again before a `stage.json` vouches for it."""
+    save_tensors(file, {**tensors, DIGEST: _as_tensor(digest(tensors))})
+
+
+def load_state(file: Path) -> dict[str, Tensor]:
+    """What `save_state` wrote. InputError when it is absent or damaged."""
+    tensors = load_tensors(file)
+    expected = tensors.pop(DIGEST, None)
+    if expected is None or not torch.equal(expected, _as_tensor(digest(tensors))):
+        raise InputError(f"{file} is damaged: its tensors are not those that were written", hint=RESTORE)
+    return tensors
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names and values."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _as_tensor(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def write_index(path: Path, weight_map: dict[str, str], total_size: int) -> None:

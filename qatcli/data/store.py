@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qatcli.data.windows import WindowSet
-from qatcli.shards import load_tensors, save_tensors
+from qatcli.shards import load_state, save_state
 
 FILE = "windows.safetensors"
 
@@ -45,11 +45,11 @@ def save_windows(directory: Path, windows: WindowSet) -> None:
         tensors[name] = tokens
         tensors[f"{name}_mask"] = torch.ones(tokens.shape, dtype=torch.bool) if mask is None else mask
     (directory / "data.json").write_text(json.dumps({"digest": windows.digest, **windows.stats}, indent=2) + "\n")
-    save_tensors(directory / FILE, tensors)
+    save_state(directory / FILE, tensors)
 
 
 def load_windows(directory: Path) -> tuple[Windows, Windows]:
     """Training and validation windows. InputError when the file is absent or damaged."""
-    tensors = load_tensors(directory / FILE)
+    tensors = load_state(directory / FILE)
     train, validation = (Windows(tensors[name], tensors[f"{name}_mask"]) for name in ("train", "validation"))
     return train, validation

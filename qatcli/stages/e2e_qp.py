@@ -27,7 +27,7 @@ from qatcli.memory import release_memory
 from qatcli.models.source import load_tokenizer
 from qatcli.packed import SCALE, PackedCheckpoint, write_config
 from qatcli.recipe.schema import E2eQpSection
-from qatcli.shards import INDEX, load_tensors, save_tensors
+from qatcli.shards import INDEX, load_state, load_tensors, save_state, save_tensors
 from qatcli.stages import Job, open_model
 from qatcli.stepper import Stepper
 from qatcli.training import Schedule, autocast, compute_dtype, peak_rate, scale_unit
@@ -206,14 +206,14 @@ class _Trainer:
         for name, parameter, best in self._named(stepper):
             tensors |= {f"now.{name}": parameter.detach(), f"best.{name}": best}
             tensors |= {f"{key}.{name}": value for key, value in stepper.optimizer.state.get(parameter, {}).items()}
-        save_tensors(self.job.out / STATE, {name: tensor.contiguous() for name, tensor in tensors.items()})
+        save_state(self.job.out / STATE, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
     def _load(self, stepper: Stepper) -> tuple[int, float]:
         """Continue from the last checkpoint of an interrupted run: the updates already made, the loss before them."""
         if not (self.job.out / STATE).is_file():
             return 0, float("nan")
         device = self.job.device
-        tensors = load_tensors(self.job.out / STATE)
+        tensors = load_state(self.job.out / STATE)
         before, best_loss = (float(value) for value in tensors["losses"])
         named = self._named(stepper)
         stepper.resume(

@@ -17,8 +17,10 @@ from qatcli.shards import (
     SINGLE,
     ShardWriter,
     index_shards,
+    load_state,
     load_tensors,
     read_header,
+    save_state,
     save_tensors,
     shard_map,
 )
@@ -197,3 +199,24 @@ def test_a_header_is_read_without_the_data(tmp_path: Path) -> None:
     }
     content = (tmp_path / SINGLE).read_bytes()
     assert content[header["b"].begin : header["b"].end] == torch.ones(5).numpy().tobytes()
+
+
+def test_a_state_comes_back_as_it_was_or_not_at_all(tmp_path: Path) -> None:
+    state = {"step": torch.tensor(3), "mask": torch.tensor([True, False]), "rate": torch.randn(4).bfloat16()}
+    file = tmp_path / "resume.safetensors"
+    save_state(file, state)
+    found = load_state(file)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+    content = file.read_bytes()
+    start = int.from_bytes(content[:8], "little") + 8
+    for position in range(start, len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1
+        file.write_bytes(flipped)
+        with pytest.raises(InputError, match="is damaged"):
+            load_state(file)
+    save_tensors(file, state)
+    with pytest.raises(InputError, match="is damaged"):
+        load_state(file)
