@@ -15,9 +15,10 @@ from torch import Tensor
 from qat_kernels import quantize
 
 ZeroPoints = Literal["any", "central", "middle"]
-METHODS = ("minmax", "absmax", "percentile", "mse", "weighted")
+METHODS = ("minmax", "absmax", "percentile", "entropy", "mse", "weighted")
 SCALE_MIN, SCALE_MAX = 1e-4, 1e4
 SHRINK = tuple(1.0 - 0.02 * i for i in range(35))  # fractions of the min-max range that the searches try
+HISTOGRAM_BINS = 2048
 REFINEMENTS = 3  # alternations of least-squares scale and nearest codes after the search
 
 
@@ -42,6 +43,9 @@ def initial_grid(
         importance = grouped(importance.to(weight.device).clamp_min(1e-12)[None], group_size)
         return search_grid(groups, importance, bits=bits, zero_points=zero_points)
     low, high = _range(groups, method)
+    if method == "entropy":
+        shrink, middle = entropy_shrink(groups, bits=bits), (high + low) / 2
+        low, high = middle - (middle - low) * shrink, middle + (high - middle) * shrink
     if zero_points == "any" and method != "absmax":
         return _asymmetric(low, high, bits)
     scale = _balanced_scale(low, high, bits)
@@ -83,6 +87,34 @@ def search_grid(groups: Tensor, importance: Tensor, *, bits: int, zero_points: Z
         better = (error < best) & (power > 0)
         best, best_scale = torch.where(better, error, best), torch.where(better, scale, best_scale)
     return best_scale, best_zero
+
+
+def entropy_shrink(groups: Tensor, *, bits: int) -> float:
+    """The fraction of their min-max range to which all groups [N, G, g] of a linear are clipped, by least divergence.
+
+    Entropy calibration as TensorRT does it for activations: over the places of weights in the ranges of their groups,
+    KL(P || Q), where P has what is clipped in its outermost bins, and Q spreads each level's share over the bins that
+    are rounded to it and not empty. A group is too small for a histogram of its own.
+    """
+    low, high = _range(groups, "minmax")
+    places = (groups - low[..., None]) / (high - low).clamp_min(1e-20)[..., None]
+    counts = torch.histc(places.clamp(0, 1), HISTOGRAM_BINS, 0, 1).double()
+    best, best_shrink = float("inf"), 1.0
+    for shrink in SHRINK:
+        cut = round(HISTOGRAM_BINS * (1 - shrink) / 2)
+        inside = counts[cut : HISTOGRAM_BINS - cut]
+        clipped = inside.clone()
+        clipped[0] += counts[:cut].sum()
+        clipped[-1] += counts[HISTOGRAM_BINS - cut :].sum()
+        filled = (inside > 0).double()
+        level = (torch.arange(len(inside), device=counts.device) / (len(inside) - 1) * (2**bits - 1)).round().long()
+        mass, width = (torch.zeros(2**bits).to(t).index_add(0, level, t) for t in (inside, filled))
+        spread = (mass / width.clamp_min(1))[level] * filled
+        p, q = clipped / clipped.sum(), spread / spread.sum()
+        divergence = float(torch.where(p > 0, p * (p / q.clamp_min(1e-12)).log(), 0).sum())
+        if divergence < best:
+            best, best_shrink = divergence, shrink
+    return best_shrink
 
 
 @torch.no_grad()

@@ -77,9 +77,9 @@ class QuantSection(Section):
     zero_points: Literal["any", "central", "middle"] = "any"
     """Zero points that a group may have: any of the grid; the central two, `2^(bits-1) - 1` and `2^(bits-1)`, with
     which 2-bit models fit GGUF's Q2_0 (2.25 bits per weight) exactly; or only the latter, a symmetric grid."""
-    init: Literal["minmax", "absmax", "percentile", "mse", "weighted"] = "weighted"
+    init: Literal["minmax", "absmax", "percentile", "entropy", "mse", "weighted"] = "weighted"
     """Search for the first scale and zero point of a group; `weighted` minimises the squared error weighted by the
-    second moments of the layer's inputs."""
+    second moments of the layer's inputs, `entropy` the divergence between the distributions of a layer's weights."""
     overrides: tuple[ModuleOverride, ...] = ()
     """Exceptions by module name, applied in order."""
     skip: tuple[Name, ...] = ("lm_head",)

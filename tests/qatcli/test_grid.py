@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qatcli.grid import METHODS, ZeroPoints, grouped, initial_grid, relative_error
+from qatcli.grid import (
+    HISTOGRAM_BINS,
+    METHODS,
+    SHRINK,
+    ZeroPoints,
+    entropy_shrink,
+    grouped,
+    initial_grid,
+    relative_error,
+)
 
 ROWS, COLUMNS = 4, 96
 ZERO_POINTS: tuple[ZeroPoints, ...] = ("any", "central", "middle")
@@ -170,6 +179,34 @@ def test_percentile_ignores_an_outlier() -> None:
     minmax, _ = initial_grid(weight, bits=4, group_size=-1, zero_points="any", method="minmax")
     percentile, _ = initial_grid(weight, bits=4, group_size=-1, zero_points="any", method="percentile")
     assert bool((percentile < minmax / 5).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_entropy_clips_to_the_range_of_least_divergence(bits: int) -> None:
+    """Against the definition, bin by bin, on places of weights that are given as a histogram."""
+    torch.manual_seed(0)
+    groups = torch.randn(64, 4, 96) ** 3
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    counts, _ = np.histogram(((groups - low) / (high - low)).numpy(), HISTOGRAM_BINS, (0, 1))
+    divergences = {}
+    for shrink in SHRINK:
+        cut = round(HISTOGRAM_BINS * (1 - shrink) / 2)
+        inside = counts[cut : HISTOGRAM_BINS - cut].astype(float)
+        p, q = inside.copy(), np.zeros(len(inside))
+        p[0] += counts[:cut].sum()
+        p[-1] += counts[HISTOGRAM_BINS - cut :].sum()
+        level = np.rint(np.float32(2**bits - 1) * (np.arange(len(inside), dtype=np.float32) / (len(inside) - 1)))
+        for number in range(2**bits):
+            share = level == number
+            q[share & (inside > 0)] = inside[share].sum() / max(1, (inside[share] > 0).sum())
+        p, q = p / p.sum(), q / q.sum()
+        divergences[shrink] = sum(a * np.log(a / max(b, 1e-12)) for a, b in zip(p, q, strict=True) if a > 0)
+    found = entropy_shrink(groups, bits=bits)
+    assert divergences[found] == pytest.approx(min(divergences.values()), abs=1e-3)
+
+    full, _ = initial_grid(groups.flatten(1), bits=bits, group_size=96, zero_points="any", method="minmax")
+    clipped, _ = initial_grid(groups.flatten(1), bits=bits, group_size=96, zero_points="any", method="entropy")
+    torch.testing.assert_close(clipped, full * found)
 
 
 @pytest.mark.parametrize("method", METHODS)
