@@ -65,8 +65,8 @@ def save_block(
 def finished_blocks(directory: Path) -> dict[int, dict[str, Any]]:
     """Index -> `block` event of every block that is in the log and, as it was written, on disk: what is kept.
 
-    A block's event is logged before its file appears. A crash of the machine may keep either without the other, or a
-    part of the file; such a block is made again, and comes out the same.
+    A block's event is logged before its file appears. A crash of the machine may keep either without the other; such
+    a block is made again, and comes out the same. InputError when a file is not as it was written.
     """
     log = directory / LOG_FILE
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
@@ -76,14 +76,16 @@ def finished_blocks(directory: Path) -> dict[int, dict[str, Any]]:
             event = json.loads(line)
             if event["event"] == "block":
                 found[event["index"]] = event
-    return {index: event for index, event in found.items() if _is_whole(block_file(directory, index), event)}
+    return {index: event for index, event in found.items() if _is_kept(block_file(directory, index), event)}
 
 
-def _is_whole(file: Path, event: dict[str, Any]) -> bool:
-    try:
-        return digest(load_tensors(file)) == event.get("sha256")
-    except InputError:
+def _is_kept(file: Path, event: dict[str, Any]) -> bool:
+    if not file.is_file():
         return False
+    if digest(load_tensors(file)) != event.get("sha256"):
+        hint = "delete it, and the same command makes this block again"
+        raise InputError(f"{file} is damaged: its tensors are not those that were written", hint=hint)
+    return True
 
 
 def block_quants(model: BlockModel, index: int, quant: QuantSection) -> dict[str, ModuleQuant]:

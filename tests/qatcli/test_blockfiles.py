@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qatcli.blockfiles import block_file, finished_blocks, load_quantized_block, read_linear, save_block
 from qatcli.directory import LOG_FILE
+from qatcli.errors import InputError
 from qatcli.packed import QuantizedLinear, module_quant
 from qatcli.runlog import RunLog
 from qatcli.shards import load_tensors
@@ -84,16 +85,20 @@ def test_a_block_file_is_a_shard_of_a_packed_checkpoint(tmp_path: Path, linear: 
     assert torch.equal(zero_point, linear.zero_point)
 
 
-def test_only_blocks_that_are_as_they_were_written_are_kept(tmp_path: Path, linear: QuantizedLinear) -> None:
+def test_a_block_is_kept_if_it_is_as_it_was_written(tmp_path: Path, linear: QuantizedLinear) -> None:
     log = RunLog(tmp_path / LOG_FILE)
     for index in range(4):
         name = f"model.layers.{index}.gate"
         save_block(tmp_path, index, {name: linear}, {}, log=log, event={"after": float(index)})
     assert {index: event["after"] for index, event in finished_blocks(tmp_path).items()} == {0: 0, 1: 1, 2: 2, 3: 3}
 
+    block_file(tmp_path, 2).unlink()
+    assert list(finished_blocks(tmp_path)) == [0, 1, 3]
     flipped = bytearray(block_file(tmp_path, 1).read_bytes())
     flipped[-1] ^= 1
     block_file(tmp_path, 1).write_bytes(flipped)
-    block_file(tmp_path, 2).unlink()
-    block_file(tmp_path, 3).write_bytes(block_file(tmp_path, 3).read_bytes()[:-1])
-    assert list(finished_blocks(tmp_path)) == [0]
+    with pytest.raises(InputError, match="0001.safetensors is damaged"):
+        finished_blocks(tmp_path)
+    block_file(tmp_path, 1).write_bytes(flipped[:-1])
+    with pytest.raises(InputError, match="0001.safetensors cannot be read"):
+        finished_blocks(tmp_path)
