@@ -97,8 +97,8 @@ def test_a_block_is_kept_if_it_is_as_it_was_written(tmp_path: Path, linear: Quan
     flipped = bytearray(block_file(tmp_path, 1).read_bytes())
     flipped[-1] ^= 1
     block_file(tmp_path, 1).write_bytes(flipped)
-    with pytest.raises(InputError, match="0001.safetensors is damaged"):
+    with pytest.raises(InputError, match="is damaged"):
         finished_blocks(tmp_path)
     block_file(tmp_path, 1).write_bytes(flipped[:-1])
-    with pytest.raises(InputError, match="0001.safetensors cannot be read"):
+    with pytest.raises(InputError, match="cannot be read"):
         finished_blocks(tmp_path)
