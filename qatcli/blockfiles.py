@@ -66,8 +66,14 @@ def finished_blocks(directory: Path) -> dict[int, dict[str, Any]]:
     """Index -> `block` event of every block that is in the log and, as it was written, on disk: what is kept.
 
     A block's event is logged before its file appears. A crash of the machine may keep either without the other; such
-    a block is made again, and comes out the same. InputError when a file is not as it was written.
+    a block is made again, and comes out the same. Reads every file; InputError when one is not as it was written.
     """
+    events = block_events(directory)
+    return {index: event for index, event in events.items() if _is_kept(block_file(directory, index), event)}
+
+
+def block_events(directory: Path) -> dict[int, dict[str, Any]]:
+    """Index -> latest `block` event in the log, those of interrupted runs included."""
     log = directory / LOG_FILE
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     found: dict[int, dict[str, Any]] = {}
@@ -76,7 +82,7 @@ def finished_blocks(directory: Path) -> dict[int, dict[str, Any]]:
             event = json.loads(line)
             if event["event"] == "block":
                 found[event["index"]] = event
-    return {index: event for index, event in found.items() if _is_kept(block_file(directory, index), event)}
+    return found
 
 
 def _is_kept(file: Path, event: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qatcli.activations import StreamBudget, advance_stream, fill_stream, stream_budget
 from qatcli.blockfiles import (
+    block_events,
     block_file,
     block_quants,
     finish,
@@ -161,7 +162,7 @@ def _open_streams(
 
 def _metrics(job: Job) -> dict[str, Any]:
     """Summary of all blocks, those of earlier interrupted runs included, from the log."""
-    rows = [event for _, event in sorted(finished_blocks(job.out).items())]
+    rows = [event for _, event in sorted(block_events(job.out).items())]
     return {
         "blocks": [
             {key: row[key] for key in ("index", "before", "after", "epochs", "backoffs", "seconds")} for row in rows
