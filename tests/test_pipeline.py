@@ -165,11 +165,19 @@ def test_killed_stages_resume_to_the_same_bits(
         _kill_after_writing(killed_after, stage, mine, smoke_env)
         assert not (mine / stage).exists()
         kept = (mine / f"{stage}.partial" / killed_after).stat()
+        _add_an_earlier_sitting(mine / f"{stage}.partial", seconds=1000)
         resumed = qat(stage, RECIPE, "--run", mine, env=smoke_env)
         assert resumed.returncode == 0, resumed.stderr
         assert _digests(mine / stage) == _digests(run / stage)
+        assert 1000 < json.loads((mine / stage / "stage.json").read_text())["seconds"] < 2000
         if stage == "block-ap":  # the finished block was not trained again
             assert (mine / stage / killed_after).stat().st_mtime_ns == kept.st_mtime_ns
+
+
+def _add_an_earlier_sitting(partial: Path, *, seconds: int) -> None:
+    log = partial / "log.jsonl"
+    events = [{"time": 0, "event": "start"}, {"time": seconds, "event": "progress"}]
+    log.write_text("".join(json.dumps(event) + "\n" for event in events) + log.read_text())
 
 
 def test_finished_stage_is_not_run_again(smoke_env: dict[str, str], finished_run: tuple[Path, dict]) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 from qatcli import __version__
 from qatcli.directory import LOG_FILE, STAGE_FILE, at_work
 from qatcli.errors import InputError
+from qatcli.events import Log, read_log
 from qatcli.expectations import check
 from qatcli.inputs import read_json
 from qatcli.report.evaluation import evaluation, is_number, mapping
-from qatcli.report.events import Log, read_log
 
 FORMAT_VERSION = 1
 CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")
@@ -94,7 +94,7 @@ def _stage(run_dir: Path, name: str, problems: list[str]) -> dict[str, Any]:
         "status": status,
         "started": log.started,
         "ended": log.ended,
-        "seconds": facts["seconds"] if log.sessions <= 1 and is_number(facts.get("seconds")) else log.seconds,
+        "seconds": facts["seconds"] if is_number(facts.get("seconds")) and not again else log.seconds,
         "sessions": log.sessions,
         "peak_memory": {k: v for k, v in mapping(facts.get("peak_memory")).items() if is_number(v)} or log.peak_memory,
         "progress": log.progress if status in ("running", "stopped") else None,

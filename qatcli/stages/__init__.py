@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from qatcli import directory
 from qatcli.directory import StageDirectory
 from qatcli.errors import InputError, UsageError
+from qatcli.events import read_log
 from qatcli.finite import finite
 from qatcli.memory import peak_memory, start_peak
 from qatcli.recipe import Recipe, digest
@@ -133,12 +134,13 @@ def run_stage(
 def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]) -> StageDirectory:
     run = importlib.import_module(f"qatcli.stages.{stage.module}").run
     trackers = open_trackers(job.recipe.track, job.run_dir, f"{name}-{job.variant}" if job.variant else name)
+    earlier = read_log(job.out, []).seconds or 0.0  # of an interrupted run that this one continues
     with job.log.stage(job.out / directory.LOG_FILE, trackers) as log:
         log.event("start", stage=name, device=str(job.device), recipe=job.recipe.model_dump(mode="json"))
         start_peak(job.device)
         started = time.monotonic()
         metrics = finite(run(replace(job, log=log)))
-        seconds = time.monotonic() - started
+        seconds = earlier + time.monotonic() - started
         log.event("done", stage=name, seconds=round(seconds, 3), metrics=metrics)
     facts = {
         "stage": name,

@@ -98,7 +98,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             _write(run / "block-ap.partial", events)
             (run / "block-ap.lock").write_text(holder)
             return run
-        _write(run / "block-ap", events, {"stage": "block-ap", "seconds": 30.0, "peak_memory": {"host_bytes": 2**31}})
+        _write(run / "block-ap", events, {"stage": "block-ap", "seconds": 50.0, "peak_memory": {"host_bytes": 2**31}})
 
         events = [{"time": 4000.0, "event": "start"}, {"time": 4001.0, "event": "validation", "step": 0, "loss": 1.0}]
         for step, loss in ((1, 0.9), (2, 0.8), (2, 0.7), (3, float("nan"))):  # update 2 was made again

@@ -179,5 +179,6 @@ def test_texts() -> None:
     assert (figure(None), figure(1.5), figure("x")) == ("not finite", "1.500", "x")
     assert percent(0.12345).replace("\N{NO-BREAK SPACE}", " ") == "12.3 %"
     assert (size(512), size(2**20), size(3 * 2**30), size(None)) == ("512 B", "1 MiB", "3.00 GiB", "")
+    assert (size(95.9 * 2**20), size(1003 * 2**20)) == ("95.9 MiB", "1003 MiB")
     assert date(0) == "1970-01-01 00:00:00 UTC"
     assert date(1e300) == "1e+300"

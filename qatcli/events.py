@@ -1,4 +1,4 @@
-"""log.jsonl of one stage, read for the report: sessions, errors, progress, and the events by kind."""
+"""log.jsonl of one stage, read back: sessions, time at work, errors, progress, and the events by kind."""
 
 from __future__ import annotations
 
