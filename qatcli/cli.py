@@ -5,12 +5,8 @@ stdout carries data only (the stage's directory, or with --json one object); eve
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +15,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from qatcli import __version__
-from qatcli.errors import QatError, ResourceError, UsageError
+from qatcli.errors import QatError, UsageError
+from qatcli.failures import explain
 from qatcli.interrupts import arrived, install, interruptible
 
 app = typer.Typer(
@@ -281,10 +278,7 @@ def _root(
 
 @contextmanager
 def _reported(command: str, *, verbose: bool = False) -> Iterator[None]:
-    """Turn failures into `error:` and `hint:` on stderr and the exit code of the contract.
-
-    What nobody foresaw is one sentence too; its traceback goes to a file, and with `verbose` to stderr.
-    """
+    """Turn failures into `error:` and `hint:` on stderr and the exit code of the contract."""
     try:
         with interruptible():
             yield
@@ -295,50 +289,13 @@ def _reported(command: str, *, verbose: bool = False) -> Iterator[None]:
     except Exception as error:
         if arrived():  # what failed may have failed because of the signal: a library that was being imported
             _interrupted(command)
-        _fail(_explained(error, verbose))
-
-
-# What a file system says of a write; files to read are checked where they are opened.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
-SMALLER = "lower batch_size or micro_batch_size, seq_len, or block_ap.cache.host_gb; the run continues where it stopped"
+        _fail(explain(error, verbose=verbose))
 
 
 def _interrupted(command: str) -> NoReturn:
     unless = ", but without --restart" if "--restart" in sys.argv else ""
     typer.echo(f"\ninterrupted; continue with `{command}` and the same options{unless}", err=True)
     raise typer.Exit(130) from None
-
-
-def _explained(error: Exception, verbose: bool) -> QatError:
-    """The error to report for any exception."""
-    if isinstance(error, QatError):
-        return error
-    if isinstance(error, MemoryError):
-        return ResourceError(f"out of memory: {error}", hint=SMALLER)
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        place = f" ({error.filename})" if error.filename else ""
-        hint = "free space or choose another --run directory; the same command continues"
-        return ResourceError(f"cannot write{place}: {os.strerror(error.errno)}", hint=hint)
-    if "out of memory" in str(error) or "can't allocate memory" in str(error):
-        return ResourceError(f"out of memory: {str(error).splitlines()[0]}", hint=SMALLER)
-    return _unforeseen(error, verbose)
-
-
-def _unforeseen(error: Exception, verbose: bool) -> QatError:
-    """The error for what no one foresaw."""
-    text = "".join(traceback.format_exception(error))
-    try:
-        with tempfile.NamedTemporaryFile("w", prefix="qat-traceback-", suffix=".txt", delete=False) as file:
-            file.write(text)
-        where = f"the traceback is in {file.name}"
-    except OSError:
-        where, verbose = "the traceback stands above", True
-    if verbose:
-        typer.echo(text, err=True)
-    reason = " ".join(str(error).split())[:500]
-    return QatError(
-        f"unforeseen {type(error).__name__}: {reason}", hint=f"{where}; please report it together with the recipe"
-    )
 
 
 def _fail(error: QatError) -> NoReturn:

@@ -178,6 +178,7 @@ def test_the_command_line_has_no_logic_of_its_own() -> None:
     ours = {".".join(name.split(".")[:2]) for name in at_import if name.startswith("qatcli.")}
     assert ours <= {
         "qatcli.errors",
+        "qatcli.failures",
         "qatcli.interrupts",
         "qatcli.recipe",
         "qatcli.stages",

@@ -1,0 +1,50 @@
+"""Any exception as the sentence, the hint and the exit code that a command ends with."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+import traceback
+
+from qatcli.errors import QatError, ResourceError
+
+# What a file system says of a write; files to read are checked where they are opened.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+SMALLER = "lower batch_size or micro_batch_size, seq_len, or block_ap.cache.host_gb; the run continues where it stopped"
+
+
+def explain(error: Exception, *, verbose: bool) -> QatError:
+    """The error to report for any exception.
+
+    What nobody foresaw is one sentence too; its traceback goes to a file, and with `verbose` to stderr.
+    """
+    if isinstance(error, QatError):
+        return error
+    if isinstance(error, MemoryError):
+        return ResourceError(f"out of memory: {error}", hint=SMALLER)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        place = f" ({error.filename})" if error.filename else ""
+        hint = "free space or choose another --run directory; the same command continues"
+        return ResourceError(f"cannot write{place}: {os.strerror(error.errno)}", hint=hint)
+    if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return ResourceError(f"out of memory: {str(error).splitlines()[0]}", hint=SMALLER)
+    return _unforeseen(error, verbose)
+
+
+def _unforeseen(error: Exception, verbose: bool) -> QatError:
+    """The error for what no one foresaw."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="qat-traceback-", suffix=".txt", delete=False) as file:
+            file.write(text)
+        where = f"the traceback is in {file.name}"
+    except OSError:
+        where, verbose = "the traceback stands above", True
+    if verbose:
+        sys.stderr.write(text)
+    reason = " ".join(str(error).split())[:500]
+    return QatError(
+        f"unforeseen {type(error).__name__}: {reason}", hint=f"{where}; please report it together with the recipe"
+    )

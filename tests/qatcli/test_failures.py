@@ -1,0 +1,65 @@
+"""Every exception becomes a sentence and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from qatcli.errors import InputError
+from qatcli.failures import UNWRITABLE, explain
+
+
+def test_an_error_for_the_user_is_kept() -> None:
+    error = InputError("x is missing", hint="make it")
+    assert explain(error, verbose=False) is error
+
+
+@pytest.mark.parametrize("number", UNWRITABLE)
+def test_a_disk_that_cannot_be_written_is_a_lack_of_resources(number: int) -> None:
+    error = explain(OSError(number, os.strerror(number), "/runs/model.safetensors"), verbose=False)
+    assert (error.exit_code, error.message) == (
+        6,
+        f"cannot write (/runs/model.safetensors): {os.strerror(number)}",
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("unable to allocate"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nand more"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_lack_of_memory_names_the_knobs(error: Exception) -> None:
+    found = explain(error, verbose=False)
+    assert found.exit_code == 6
+    assert "\n" not in found.message
+    assert "batch_size" in str(found.hint)
+
+
+def test_what_nobody_foresaw_leaves_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found = explain(ZeroDivisionError("division\nby zero"), verbose=False)
+    assert (found.exit_code, found.message) == (1, "unforeseen ZeroDivisionError: division by zero")
+    (file,) = tmp_path.iterdir()
+    assert str(file) in str(found.hint)
+    assert "ZeroDivisionError" in file.read_text()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_traceback_that_cannot_be_kept_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
+    found = explain(OSError(errno.ENOENT, "gone"), verbose=False)  # to be read, not written: nobody foresaw it
+    assert "stands above" in str(found.hint)
+    assert "gone" in capsys.readouterr().err
