@@ -17,7 +17,7 @@ from qatcli.models.blocks import run_block
 from qatcli.packed import ModuleQuant, QuantizedLinear
 from qatcli.recipe.schema import BlockApSection
 from qatcli.stepper import Stepper
-from qatcli.training import Schedule, autocast, peak_rate, scale_unit
+from qatcli.training import Schedule, autocast, parameter_group, scale_unit
 
 
 @dataclass(frozen=True)
@@ -223,15 +223,14 @@ def _parameter_groups(
     schedule: Schedule,
     *,
     zero_points: ZeroPoints,
-) -> list[dict[str, object]]:
-    def group(parameter: nn.Parameter, rate: float, unit_size: float) -> dict[str, object]:
-        peak = peak_rate(rate, units=config.lr_units, unit_size=unit_size, schedule=schedule)
-        return {"params": [parameter], "peak": peak}
+) -> list[dict[str, Any]]:
+    def group(parameter: nn.Parameter, rate: float, unit: float) -> dict[str, Any]:
+        return parameter_group(parameter, rate, units=config.lr_units, unit=unit, schedule=schedule)
 
     groups = []
     for student in students.values():
         groups.append(group(student.weight, config.lr_weights, float(student.scale.detach().mean())))
-        groups.append(group(student.scale, config.lr_scales, scale_unit(student.scale, student.bits)))
+        groups.append(group(student.scale, config.lr_scales, float(scale_unit(student.scale, student.bits).mean())))
         groups.append(group(student.zero_point, config.lr_zero_points if zero_points == "any" else 0.0, 1.0))
     inside = {id(p) for student in students.values() for p in student.parameters()}
     for name, parameter in block.named_parameters():

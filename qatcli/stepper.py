@@ -29,7 +29,7 @@ class Stepper:
 
     def __init__(
         self,
-        groups: list[dict[str, object]],
+        groups: list[dict[str, Any]],
         schedule: Schedule,
         *,
         dtype: torch.dtype,
@@ -86,7 +86,7 @@ class Stepper:
         if self.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
         self.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]  # as GradScaler tells it
-        self.optimizer.step()
+        self._step()
         self.scaler.update()
         self._unread.append(_to_host(torch.stack([failed.float(), loss.detach().float()])))
         self._read(self._lag)
@@ -113,6 +113,19 @@ class Stepper:
         else:
             state = self.scaler.state_dict()
             self.scaler.load_state_dict({**state, "scale": scaler[0], "_growth_tracker": int(scaler[1])})
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One update of Adam; where elements have their `own` unit, the way each was moved is multiplied by it."""
+        moved = [
+            (p, p.clone(), group["own"])
+            for group in self.optimizer.param_groups
+            if "own" in group
+            for p in group["params"]
+        ]
+        self.optimizer.step()
+        for parameter, start, own in moved:
+            parameter.copy_(torch.lerp(start, parameter, own))
 
     def _read(self, left: int) -> None:
         """Read verdicts until `left` are unread; the updates after a failure count no more, whatever became of them."""

@@ -7,7 +7,8 @@ updates, and a SmolLM2 weight one of 0.01 steps at 128 updates, which is why the
 `lr_units: reach` the rates are stated as that total distance: in step sizes for weights, in step sizes by which the
 outermost level of the grid moves for scales, as a fraction for norms, in integer steps for zero points. They hold for
 any number of updates, magnitude of weights and bits: the same relative change of a scale does twice the harm with
-every bit, because the grid reaches twice as many steps.
+every bit, because the grid reaches twice as many steps. Weights go in mean step sizes of their linear: in those of its
+groups two of three trials did worse (LOG.md).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,25 +51,40 @@ class Schedule:
         return sum(self.factor(step) for step in range(self.steps))
 
 
-def peak_rate(rate: float, *, units: str, unit_size: float, schedule: Schedule, max_step: float | None = None) -> float:
-    """The peak learning rate for a parameter whose natural step is `unit_size`; `max_step` bounds it, in such steps."""
+def parameter_group(
+    parameter: nn.Parameter,
+    rate: float,
+    *,
+    units: str,
+    unit: Tensor | float,
+    schedule: Schedule,
+    max_step: float | None = None,
+) -> dict[str, Any]:
+    """One group of the optimizer: `params`, `peak` rate, and `own`, how the natural steps of its elements differ.
+
+    unit: the natural step of the parameter, or of each of its elements, a tensor of its shape. `own` is the ratio of
+    these to their mean, with which the `Stepper` multiplies every update. `max_step` bounds the peak, in such steps.
+    """
     if units == "absolute":
-        return rate
+        return {"params": [parameter], "peak": rate}
     steps = rate / schedule.total()
-    return unit_size * (steps if max_step is None else min(steps, max_step))
+    steps = steps if max_step is None else min(steps, max_step)
+    if not isinstance(unit, Tensor):
+        return {"params": [parameter], "peak": unit * steps}
+    mean = unit.mean().clamp_min(torch.finfo(unit.dtype).tiny)
+    return {"params": [parameter], "peak": float(mean) * steps, "own": unit / mean}
 
 
-def scale_unit(scale: Tensor, bits: int) -> float:
-    """The change of a scale that moves the outermost level of its grid, 2^(bits-1) codes away, by one step size."""
-    return float(scale.detach().abs().mean()) / 2 ** (bits - 1)
+def scale_unit(scale: Tensor, bits: int) -> Tensor:
+    """The change of each scale [N, G] that moves the outermost level of its grid, 2^(bits-1) codes off, by one step."""
+    return scale.detach().abs() / 2 ** (bits - 1)
 
 
-def adamw(groups: list[dict[str, object]]) -> torch.optim.AdamW:
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     """AdamW as the paper uses it: betas (0.9, 0.999), no weight decay. Groups of rate 0 are left out and frozen."""
     active = []
     for group in groups:
-        parameters: Iterable[nn.Parameter] = group["params"]  # type: ignore[assignment]
-        for parameter in parameters:
+        for parameter in group["params"]:
             parameter.requires_grad_(group["peak"] != 0)
         if group["peak"] != 0:
             active.append({**group, "lr": group["peak"]})

@@ -126,8 +126,8 @@ def _differences(found: Decoded, linear: source.Arrays, type_name: str) -> tuple
         np.repeat(a.astype(np.float32), blocks // a.shape[1], axis=1) for a in (linear.scale, linear.zero_point)
     )
     width = linear.codes.shape[1] // blocks
-    sign = np.where(found.scale < 0, -1, 1)
-    wrong_scales = int(np.count_nonzero(np.abs(found.scale) != scale))
+    sign = np.where((found.scale < 0) != (scale < 0), -1, 1)  # a block may hold both negated
+    wrong_scales = int(np.count_nonzero(np.abs(found.scale) != np.abs(scale)))
     levels = found.levels * np.repeat(sign, width, axis=1)
     if found.offset is None:
         expected = linear.codes.astype(np.int16) - np.repeat(zero, width, axis=1).astype(np.int16)

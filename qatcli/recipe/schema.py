@@ -178,7 +178,7 @@ class BlockApSection(Section):
     cosine schedule lets Adam move a parameter. The peak rate is derived from it, so a recipe means the same for any
     number of steps and any magnitude of weights."""
     lr_weights: Rate = 0.5
-    """Weights of the linears; as reach, in step sizes (scales) of the weight's own group. 0 does not train them."""
+    """Weights of the linears; as reach, in mean step sizes (scales) of the linear. 0 does not train them."""
     lr_scales: Rate = 1.0
     """Scales; as reach, in step sizes by which the outermost level of the grid moves: the scale itself changes by this
     over `2^(bits-1)`, relative. 0 does not train them."""
@@ -227,7 +227,7 @@ class E2eQpSection(Section):
     lr_units: Literal["reach", "absolute"] = "reach"
     """Unit of the `lr_` keys, as in `block_ap.lr_units`."""
     lr_scales: Rate = 0.3
-    """Scales; as reach, in step sizes by which the outermost level of the grid moves."""
+    """Scales; as reach, in step sizes by which the outermost level of the grid moves, each relative to itself."""
     lr_norms: Rate = 0.0
     """Norm weights; as reach, relative to their own magnitude."""
     max_step: Positive | None = 0.02

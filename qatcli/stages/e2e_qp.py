@@ -30,7 +30,7 @@ from qatcli.recipe.schema import E2eQpSection
 from qatcli.shards import INDEX, load_state, load_tensors, save_state, save_tensors
 from qatcli.stages import Job, open_model
 from qatcli.stepper import Stepper
-from qatcli.training import Schedule, autocast, compute_dtype, peak_rate, scale_unit
+from qatcli.training import Schedule, autocast, compute_dtype, parameter_group, scale_unit
 
 STATE = "resume.safetensors"  # removed once the stage is committed
 
@@ -181,17 +181,21 @@ class _Trainer:
         order = torch.randperm(count, generator=generator)
         return order[index * self.config.batch_size : (index + 1) * self.config.batch_size]
 
-    def _groups(self, schedule: Schedule) -> list[dict[str, object]]:
+    def _groups(self, schedule: Schedule) -> list[dict[str, Any]]:
         config = self.config
-        groups: list[dict[str, object]] = []
+        groups = []
         for name, parameter in self.trained.items():
             module = self.student.get_submodule(name.rpartition(".")[0])
+            unit: Tensor | float
             if isinstance(module, PackedLinear):
                 rate, unit = config.lr_scales, scale_unit(parameter, module.quant.bits)
             else:
                 rate, unit = config.lr_norms, float(parameter.detach().abs().mean())
-            peak = peak_rate(rate, units=config.lr_units, unit_size=unit, schedule=schedule, max_step=config.max_step)
-            groups.append({"params": [parameter], "peak": peak})
+            groups.append(
+                parameter_group(
+                    parameter, rate, units=config.lr_units, unit=unit, schedule=schedule, max_step=config.max_step
+                )
+            )
         return groups
 
     def _save(self, stepper: Stepper, step: int, before: float) -> None:

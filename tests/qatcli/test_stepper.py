@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qatcli.stepper import TRIES, Stepper
-from qatcli.training import Schedule
+from qatcli.training import Schedule, parameter_group
 
 CPU = torch.device("cpu")
 
@@ -28,6 +28,30 @@ def update(stepper: Stepper, step: int, loss: Tensor) -> bool:
     stepper.begin(step)
     stepper.backward(loss)
     return bool(stepper.finish(loss))
+
+
+def test_every_element_goes_as_far_as_its_own_unit_says() -> None:
+    """Units that differ by a factor of a thousand."""
+    unit = torch.tensor([[0.001, 0.01], [0.1, 1.0]])
+    start = torch.randn(2, 2)
+    parameter = nn.Parameter(start.clone())
+    schedule = Schedule(8, floor=0.05)
+    group = parameter_group(parameter, 1.5, units="reach", unit=unit, schedule=schedule)
+    stepper = Stepper([group], schedule, dtype=torch.float32, device=CPU, grad_clip=None)
+    for step in range(8):
+        assert update(stepper, step, parameter.sum())
+    moved = (start - parameter.detach()) / unit
+    torch.testing.assert_close(moved, torch.full_like(moved, 1.5), rtol=2e-3, atol=0)
+
+
+def test_an_update_that_is_not_taken_moves_no_element() -> None:
+    parameter = nn.Parameter(torch.randn(2, 4))
+    schedule = Schedule(8, floor=1.0)
+    group = parameter_group(parameter, 1.0, units="reach", unit=torch.rand(2, 4), schedule=schedule)
+    stepper = Stepper([group], schedule, dtype=torch.float32, device=CPU, grad_clip=None, lag=1)
+    start = parameter.detach().clone()
+    assert not update(stepper, 0, parameter.sum() * math.nan)
+    assert torch.equal(parameter.detach(), start)
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])

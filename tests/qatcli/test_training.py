@@ -15,7 +15,7 @@ from qatcli.training import (
     adamw,
     autocast,
     compute_dtype,
-    peak_rate,
+    parameter_group,
     restore,
     scale_unit,
     snapshot,
@@ -73,9 +73,7 @@ def test_reach_is_how_far_adam_goes_whatever_the_number_of_steps(steps: int) -> 
     """A gradient of constant sign moves a parameter by `reach` of its units, in 4 steps as in 512."""
     parameter = nn.Parameter(torch.tensor([5.0, -3.0]))
     schedule = Schedule(steps, floor=0.05, warmup=steps // 8)
-    optimizer = adamw(
-        [{"params": [parameter], "peak": peak_rate(1.5, units="reach", unit_size=0.02, schedule=schedule)}]
-    )
+    optimizer = adamw([parameter_group(parameter, 1.5, units="reach", unit=0.02, schedule=schedule)])
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule.factor(step)
@@ -86,22 +84,31 @@ def test_reach_is_how_far_adam_goes_whatever_the_number_of_steps(steps: int) -> 
 
 
 def test_absolute_rates_are_taken_as_they_are() -> None:
-    schedule = Schedule(10, 0.0)
-    assert peak_rate(1e-4, units="absolute", unit_size=0.02, schedule=schedule, max_step=1e-9) == 1e-4
+    parameter = nn.Parameter(torch.ones(2))
+    group = parameter_group(
+        parameter, 1e-4, units="absolute", unit=torch.tensor([0.1, 1.0]), schedule=Schedule(10, 0.0), max_step=1e-9
+    )
+    assert group == {"params": [parameter], "peak": 1e-4}
 
 
 def test_a_short_run_takes_bounded_steps() -> None:
     """Eight updates cannot cover a reach of 1 in steps of at most 0.02; a thousand can, and are not held back."""
-    short, long = Schedule(8, 0.0), Schedule(1000, 0.0)
-    assert peak_rate(1.0, units="reach", unit_size=0.5, schedule=short, max_step=0.02) == pytest.approx(0.01)
-    free = peak_rate(1.0, units="reach", unit_size=0.5, schedule=long)
-    assert peak_rate(1.0, units="reach", unit_size=0.5, schedule=long, max_step=0.02) == free < 0.01
+
+    def peak(steps: int, max_step: float | None) -> float:
+        schedule = Schedule(steps, 0.0)
+        group = parameter_group(
+            nn.Parameter(torch.ones(1)), 1.0, units="reach", unit=0.5, schedule=schedule, max_step=max_step
+        )
+        return float(group["peak"])
+
+    assert peak(8, 0.02) == pytest.approx(0.01)
+    assert peak(1000, 0.02) == peak(1000, None) < 0.01
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_unit_of_a_scale_moves_the_outermost_level_by_one_step(bits: int) -> None:
     scale, outermost = torch.full((4, 2), 0.1), 2 ** (bits - 1)
-    assert (scale + scale_unit(scale, bits)) * outermost == pytest.approx((scale * (outermost + 1)).numpy(), rel=1e-5)
+    torch.testing.assert_close((scale + scale_unit(scale, bits)) * outermost, scale * (outermost + 1))
 
 
 @pytest.mark.parametrize(("steps", "fraction", "expected"), [(32, 0.03, 1), (8, 0.1, 1), (100, 0.1, 10), (9, 0.0, 0)])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from qatcli.errors import QatError
 from qatcli.formats import FORMATS, ExportOptions, gguf_model, source
@@ -161,6 +162,21 @@ def test_block_type(packed: Packed, tmp_path: Path, bits: int, wanted: str, expe
     FORMATS["gguf"].write(packed(bits), tmp_path / "out", options)
     assert _types(tmp_path / "out") == {expected}
     assert FORMATS["gguf"].verify(packed(bits), tmp_path / "out", options).passed
+
+
+@pytest.mark.parametrize(("bits", "wanted"), [(2, "auto"), (3, "auto"), (4, "auto"), (4, "exact"), (3, "Q8_0")])
+def test_scales_below_zero_are_carried(tiny_llama: Path, pack: Packed, tmp_path: Path, bits: int, wanted: str) -> None:
+    """Training of other tools can push a scale through zero; the block types have a sign."""
+    checkpoint = pack(tiny_llama, tmp_path / "packed", bits=bits)
+    file = checkpoint.path / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith(".weight_scale"):
+            tensors[name][::3] *= -1
+    save_file(tensors, file, metadata={"format": "pt"})
+    options = replace(OPTIONS, gguf_type=wanted)
+    FORMATS["gguf"].write(checkpoint, tmp_path / "out", options)
+    assert FORMATS["gguf"].verify(checkpoint, tmp_path / "out", options).differences == ()
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(2, "Q2_K"), (4, "Q4_K")])

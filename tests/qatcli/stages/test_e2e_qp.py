@@ -149,6 +149,23 @@ def test_scales_train_and_nothing_else_changes(stage: Callable[..., Job], random
         assert metrics[figure] == pytest.approx(held_out_loss(model, held_out, teacher), rel=1e-4)
 
 
+def test_no_scale_is_driven_through_zero(stage: Callable[..., Job]) -> None:
+    """Not even one that is far smaller than the others of its linear: it moves in units of its own."""
+    job = stage(keep_best=False, lr_scales=0.5)
+    tensors = all_tensors(job.input.path)
+    for name in tensors:
+        if name.endswith(".weight_scale"):
+            tensors[name][::2] *= 1e-3
+    save_file(tensors, job.input.path / "model.safetensors", metadata={"format": "pt"})
+    run(job)
+    after = all_tensors(job.out)
+    for name, start in tensors.items():
+        if name.endswith(".weight_scale"):
+            ratio = after[name] / start
+            assert bool((ratio != 1).any())
+            assert 0.7 < float(ratio.min()) < float(ratio.max()) < 1.3, name  # 0.5 steps of 2 bits: a quarter
+
+
 def test_the_stage_leaves_its_files_and_what_a_resume_needs_until_the_commit(stage: Callable[..., Job]) -> None:
     job = stage(checkpoint_every=1)
     run(job)
