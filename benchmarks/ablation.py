@@ -12,7 +12,8 @@ of their range; seconds are those of training. FOLDER keeps runs and tables: the
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ import yaml
 
 import qatcli
 from qatcli.recipe import load_recipe
+from qatcli.recipe.methods import preset
+from qatcli.recipe.schema import BlockApSection
 from qatcli.runlog import RunLog
 from qatcli.stages import run_stage
 
@@ -31,7 +34,7 @@ Rows = Iterable[tuple[str, Sequence[str]]]  # name and recipe keys
 
 PUBLISHED = "method=efficientqat"
 UNTRAINED = "block_ap.epochs=0"
-REACH = ("lr_units=reach", "lr_weights=0.5", "lr_scales=1", "lr_zero_points=0", "lr_norms=0.1")
+RATES = ("lr_units", "lr_weights", "lr_scales", "lr_norms")
 # What Block-AP is measured without: keys that take it out of the default. GPTQ searches a grid of its own, so that the
 # search of calibrate counts where rounding is to the nearest.
 WITHOUT: Rows = (
@@ -48,7 +51,7 @@ WITHOUT: Rows = (
 )
 # What the published recipe is measured with, alone.
 ALONE: Rows = (
-    ("rates as reach", [f"block_ap.{key}" for key in REACH]),
+    ("rates as reach", [f"block_ap.{key}={getattr(BlockApSection(), key)}" for key in (*RATES, "lr_zero_points")]),
     ("searched grid", ["quant.init=weighted"]),
     ("GPTQ's start", ["block_ap.rounding=gptq"]),
     ("relative loss", ["block_ap.loss=relative"]),
@@ -94,18 +97,18 @@ def main(
         bench = Bench(recipe, out / f"w{width}", width, seed, report)
         bench.table("Block-AP", bench.block_ap, block_ap_rows(width))
         bench.table("E2E-QP, from the default's Block-AP", bench.end_to_end, E2E_QP)
-        bench.table("E2E-QP of the published recipe, from its own Block-AP", bench.published, PUBLISHED_E2E_QP)
+        published = partial(bench.end_to_end, start="published recipe")
+        bench.table("E2E-QP of the published recipe, from its own Block-AP", published, PUBLISHED_E2E_QP)
 
 
 def block_ap_rows(bits: int) -> Rows:
     """Baselines without training, the default, and every ingredient left out and alone."""
-    rate = 2e-5 if bits == 2 else 1e-5
-    absolute = [("units", "absolute"), ("weights", rate), ("scales", 1e-4), ("norms", rate)]
+    published = preset("efficientqat", bits)["block_ap"]
     yield "round to nearest", [PUBLISHED, UNTRAINED]
     yield "searched grid, nearest", [UNTRAINED, "block_ap.rounding=nearest"]
     yield "searched grid, GPTQ", [UNTRAINED]
     yield "default", []
-    yield "without rates as reach", [f"block_ap.lr_{key}={value}" for key, value in absolute]
+    yield "without rates as reach", [f"block_ap.{key}={published[key]}" for key in RATES]
     yield from ((f"without {name}", keys) for name, keys in WITHOUT)
     yield "published recipe", [PUBLISHED]
     yield from ((f"published + {name}", [PUBLISHED, *keys]) for name, keys in ALONE)
@@ -117,7 +120,7 @@ class Bench:
     def __init__(self, recipe: Path, out: Path, bits: int, seeds: Sequence[int], report: Path) -> None:
         self._recipe, self._out, self._bits, self._seeds, self._report = recipe, out, bits, seeds, report
 
-    def table(self, title: str, measure: Any, rows: Rows) -> None:
+    def table(self, title: str, measure: Callable[..., dict[str, float]], rows: Rows) -> None:
         """Print and keep one table, a row per variant as it is measured."""
         self._say(f"\n## {self._bits} bits: {title}\n\n| | perplexity | KL | seconds |\n|---|---|---|---|")
         for name, keys in rows:
@@ -134,10 +137,6 @@ class Bench:
         run = self._run(f"e2e {start} {name}", seed)
         trained = self._stage("e2e-qp", run, seed, keys, source=self._run(start, seed) / "block-ap")
         return self._evaluated(run, seed, keys, trained)
-
-    def published(self, name: str, seed: int, keys: Sequence[str]) -> dict[str, float]:
-        """E2E-QP from the Block-AP of the published recipe."""
-        return self.end_to_end(name, seed, keys, start="published recipe")
 
     def _run(self, name: str, seed: int) -> Path:
         return self._out / "".join(c if c.isalnum() else "-" for c in name.lower()) / f"seed-{seed}"
