@@ -50,6 +50,6 @@ def test_a_part_does_not_hide_the_peak_before_it() -> None:
     before = peak_memory(CPU)["host_bytes"]
     with part_peak(CPU):
         pass
-    assert peak_memory(CPU)["host_bytes"] == before
+    assert abs(peak_memory(CPU)["host_bytes"] - before) < SIZE // 8  # the system counts in batches of pages
     start_peak(CPU)
     assert peak_memory(CPU)["host_bytes"] < before
