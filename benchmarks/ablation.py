@@ -35,12 +35,11 @@ Rows = Iterable[tuple[str, Sequence[str]]]  # name and recipe keys
 PUBLISHED = "method=efficientqat"
 UNTRAINED = "block_ap.epochs=0"
 RATES = ("lr_units", "lr_weights", "lr_scales", "lr_norms")
-# What Block-AP is measured without: keys that take it out of the default. GPTQ searches a grid of its own, so that the
-# search of calibrate counts where rounding is to the nearest.
+GPTQ = "block_ap.rounding=gptq"
+# What Block-AP is measured without: keys that take it out of the default.
 WITHOUT: Rows = (
-    ("GPTQ's start", ["block_ap.rounding=nearest"]),
-    ("GPTQ's start and weights in the search", ["block_ap.rounding=nearest", "quant.init=mse"]),
-    ("GPTQ's start and a search", ["block_ap.rounding=nearest", "quant.init=minmax"]),
+    ("weights in the search", ["quant.init=mse"]),
+    ("a search", ["quant.init=minmax"]),
     ("relative loss", ["block_ap.loss=mse"]),
     ("best iterate", ["block_ap.keep_best=false"]),
     ("new order every epoch", ["block_ap.shuffle=false"]),
@@ -53,7 +52,7 @@ WITHOUT: Rows = (
 ALONE: Rows = (
     ("rates as reach", [f"block_ap.{key}={getattr(BlockApSection(), key)}" for key in (*RATES, "lr_zero_points")]),
     ("searched grid", ["quant.init=weighted"]),
-    ("GPTQ's start", ["block_ap.rounding=gptq"]),
+    ("GPTQ's start", [GPTQ]),
     ("relative loss", ["block_ap.loss=relative"]),
     ("best iterate", ["block_ap.keep_best=true"]),
     ("new order every epoch", ["block_ap.shuffle=true"]),
@@ -105,9 +104,10 @@ def block_ap_rows(bits: int) -> Rows:
     """Baselines without training, the default, and every ingredient left out and alone."""
     published = preset("efficientqat", bits)["block_ap"]
     yield "round to nearest", [PUBLISHED, UNTRAINED]
-    yield "searched grid, nearest", [UNTRAINED, "block_ap.rounding=nearest"]
-    yield "searched grid, GPTQ", [UNTRAINED]
+    yield "searched grid, nearest", [UNTRAINED]
+    yield "searched grid, GPTQ", [UNTRAINED, GPTQ]
     yield "default", []
+    yield "with GPTQ's start", [GPTQ]
     yield "without rates as reach", [f"block_ap.{key}={published[key]}" for key in RATES]
     yield from ((f"without {name}", keys) for name, keys in WITHOUT)
     yield "published recipe", [PUBLISHED]

@@ -171,15 +171,16 @@ class BlockApSection(Section):
     loss: Literal["relative", "mse"] = "relative"
     """`mse` on the block's output, or that error relative to the energy of the target, so that tokens and channels
     with massive activations do not hide the rest."""
-    rounding: Literal["nearest", "gptq"] = "gptq"
-    """First rounding of the weights: to nearest, or with GPTQ's error feedback."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """First rounding of the weights: to nearest, or with GPTQ's error feedback, which is better only where nothing is
+    trained (`epochs: 0`)."""
     lr_units: Literal["reach", "absolute"] = "reach"
     """Unit of the `lr_` keys. `absolute`: the peak rate given to AdamW. `reach`: the whole distance over which the
     cosine schedule lets Adam move a parameter. The peak rate is derived from it, so a recipe means the same for any
     number of steps and any magnitude of weights."""
     lr_weights: Rate = 0.5
     """Weights of the linears; as reach, in mean step sizes (scales) of the linear. 0 does not train them."""
-    lr_scales: Rate = 1.0
+    lr_scales: Rate = 0.3
     """Scales; as reach, in step sizes by which the outermost level of the grid moves: the scale itself changes by this
     over `2^(bits-1)`, relative. 0 does not train them."""
     lr_zero_points: Rate = 0.0
