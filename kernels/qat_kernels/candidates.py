@@ -26,10 +26,10 @@ def _elementwise(bits: int, m: int, n: int, k: int) -> Iterator[Settings]:
 
 
 def _gemv(bits: int, m: int, n: int, k: int) -> Iterator[Settings]:
-    """Accumulators must fit in registers, and every program needs columns to read."""
+    """Eight accumulators for each row of W and of x must fit in registers, and every program needs columns to read."""
     batch = 1 << (min(m, 4) - 1).bit_length()
-    for rows, splits, warps in product((2, 4, 8, 16), (1, 2, 4), (1, 2)):
-        fits = rows * batch <= (8 if bits == 3 and batch == 1 else 16) and splits * warps * 2048 <= max(k, 2048)
+    for rows, splits, warps in product((1, 2, 4, 8), (1, 2, 4), (1, 2)):
+        fits = 2 <= rows * batch <= 8 and splits * warps * 2048 <= max(k, 2048)
         fills = n // rows * splits * warps >= min(1024, n // 4)  # warps for the device
         if fits and fills:
             yield {"rows": rows, "batch": batch, "splits": splits, "num_warps": warps}

@@ -1,11 +1,12 @@
 """Triton version of `quantized_matmul` for a few rows of x: the packed weight is read once, nothing else is its size.
 
-The codes come in the layout of `interleave`. Three things keep the work near two instructions per weight and row of x:
+The codes come in the layout of `interleave`. Four things keep the work near two instructions per weight and row of x:
 
-* A field is masked where it lies in its word and taken for the bits of an fp32 number: a subnormal, q 2^(p - 149) for a
+* Codes and activations are read 8 to 16 bytes at a time.
+* A field is masked where it lies in its lane and taken for the bits of an fp32 number: a subnormal, q 2^(p - 149) for a
   field at bit p. The activation carries the factor 2^(75 - p), so that the product is q x 2^-74: no shift and no
   conversion per weight, and the scaling by powers of two is exact for |x| < 2^52. GPUs multiply subnormals at full
-  speed.
+  speed. (A field may touch bit 23, the lowest of the exponent: the numbers go on evenly there, but not above.)
 * The zero point is one correction per group: sum of (q - z) x = sum of q x - z sum of x.
 * Accumulators are fp32 and stay in a thread until the end of the row.
 
@@ -24,6 +25,7 @@ from qat_kernels.triton_parts import add_parts, make_parts
 
 _BLOCK = tl.constexpr(BLOCK)
 _LANES = tl.constexpr(LANES)
+_FIELDS = tl.constexpr(FIELDS)
 
 
 def supports(group_size: int, in_features: int) -> bool:
@@ -44,7 +46,7 @@ def gemv(
     splits: int,
     num_warps: int,
 ) -> Tensor:
-    """y = x W^T [M, N] in the dtype of x [M, K], for the interleaved words [N, bits, U] of W [N, K].
+    """y = x W^T [M, N] in the dtype of x [M, K], for the interleaved words of W [N, K].
 
     Args:
         rows: rows of W per program, a power of two.
@@ -53,46 +55,49 @@ def gemv(
         num_warps: warps per program; each takes 32 blocks of columns at a time.
     """
     count, in_features = x.shape
-    out_features, _, lanes = words.shape
-    blocks = 32 * num_warps
-    splits = min(splits, triton.cdiv(lanes // LANES, blocks))
+    out_features = words.shape[0]
+    blocks, step = triton.cdiv(in_features, BLOCK), 32 * num_warps
+    splits = min(splits, triton.cdiv(blocks, step))
     out = torch.empty(count, out_features, dtype=x.dtype, device=x.device)
     parts = make_parts(out, splits)
     with torch.cuda.device_of(x):
         _gemv_kernel[(triton.cdiv(out_features, rows), triton.cdiv(count, batch), splits)](
             parts,
             x.contiguous(),
-            words,
+            words.view(torch.int16),
+            words.view(torch.uint8),
             scale.contiguous(),
             zero_point.contiguous(),
             count,
             out_features,
             in_features,
-            lanes,
+            blocks,
             scale.shape[1],
             BITS=bits,
             GROUP=0 if group_size in (-1, in_features) else group_size,
             WHOLE=in_features % BLOCK == 0,
             BATCH=batch,
             ROWS=rows,
-            BLOCKS=blocks,
+            BLOCKS=step,
             num_warps=num_warps,
             enable_fp_fusion=True,
         )
     return add_parts(parts, out)
 
 
-@triton.jit
+# Rows of x, blocks and groups differ from model to model; a binary made for each would gain nothing.
+@triton.jit(do_not_specialize=["count", "blocks", "groups"])
 def _gemv_kernel(
     out_ptr,
     x_ptr,
-    words_ptr,
+    planes_ptr,
+    bytes_ptr,
     scale_ptr,
     zero_point_ptr,
     count,
     out_features,
     in_features,
-    lanes,
+    blocks,
     groups,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -101,51 +106,41 @@ def _gemv_kernel(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Axes of every tile: [BATCH, ROWS, BLOCKS, lanes of a block]. With other ranks Triton would change layouts."""
-    PER_WORD: tl.constexpr = 32 // BITS
-    HALF: tl.constexpr = PER_WORD // 2
+    """Axes of every tile: [BATCH, ROWS, BLOCKS, LANES]. With other ranks Triton would change layouts.
+
+    planes_ptr and bytes_ptr are the words, read 16 or 8 bits at a time.
+    """
+    PER_LANE: tl.constexpr = 8 if BITS <= 3 else 16 // BITS  # fields of a lane in each plane
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None, None]
     m = (tl.program_id(1) * BATCH + tl.arange(0, BATCH))[:, None, None, None]
     step = tl.arange(0, BLOCKS)[None, None, :, None]
     w = tl.arange(0, _LANES)[None, None, None, :]
     row = tl.minimum(n, out_features - 1).to(tl.int64)  # surplus rows repeat the last one and are not stored
     x_row = tl.minimum(m, count - 1).to(tl.int64)
-    blocks = lanes // _LANES
     share = tl.cdiv(tl.cdiv(blocks, BLOCKS), tl.num_programs(2)) * BLOCKS
     first = tl.program_id(2) * share
     y = tl.zeros((BATCH, ROWS, BLOCKS, 1), dtype=tl.float32)
     for start in range(first, tl.minimum(first + share, blocks), BLOCKS):
         block = start + step
         live = block < blocks
-        word_ptr = words_ptr + row * (BITS * lanes) + (block * _LANES + w)
+        lane = block * _LANES + w
         x_column = block * _BLOCK + w
+        plane_ptr = planes_ptr + row * (blocks * (4 * BITS)) + lane
         q_x = tl.zeros((BATCH, ROWS, BLOCKS, _LANES), dtype=tl.float32)
         sum_x = tl.zeros((BATCH, 1, BLOCKS, _LANES), dtype=tl.float32)
-        top_30 = tl.zeros((1, ROWS, BLOCKS, _LANES), dtype=tl.uint32)
-        top_31 = tl.zeros((1, ROWS, BLOCKS, _LANES), dtype=tl.uint32)
-        for field in tl.static_range(32):
-            if field < PER_WORD * BITS:
-                if field % PER_WORD == 0:
-                    word = tl.load(word_ptr + field // PER_WORD * lanes, mask=live, other=0)
-                    word = word.to(tl.uint32, bitcast=True)
-                    if BITS == 3:
-                        if field == 0:
-                            top_30 = word >> 30
-                        elif field == PER_WORD:
-                            top_31 = word >> 30
-                        else:
-                            top_30 |= (word >> 28) & 4
-                            top_31 |= (word >> 29) & 4
-                if field % PER_WORD == HALF:
-                    word = word >> (HALF * BITS)
-                q = word & (((1 << BITS) - 1) << _position(field, BITS))
-            else:
-                q = top_30 if field == 30 else top_31
+        for field in tl.static_range(_FIELDS):
+            if field % PER_LANE == 0:
+                word = tl.load(plane_ptr + field // PER_LANE * (blocks * _LANES), mask=live, other=0)
+                word = word.to(tl.uint16, bitcast=True).to(tl.uint32)
+            if BITS == 3 and field == 0:
+                high_ptr = bytes_ptr + (row * 3 + 2) * (blocks * _LANES) + lane
+                word |= tl.load(high_ptr, mask=live, other=0).to(tl.uint32) << 16
+            q = word & (((1 << BITS) - 1) << (field % PER_LANE * BITS))
             column = x_column + field * _LANES
             mask = live if WHOLE else column < in_features
             x = tl.load(x_ptr + x_row * in_features + column, mask=mask, other=0.0).to(tl.float32)
             sum_x += x
-            q_x += q.to(tl.float32, bitcast=True) * (x * 2.0 ** (75 - _position(field, BITS)))
+            q_x += q.to(tl.float32, bitcast=True) * (x * 2.0 ** (75 - field % PER_LANE * BITS))
             if _ends_group(field, GROUP):
                 group = tl.zeros_like(block) if GROUP == 0 else (block * _BLOCK + field * _LANES) // GROUP
                 place = row * groups + group
@@ -159,13 +154,6 @@ def _gemv_kernel(
     total = tl.sum(y, axis=2, keep_dims=True)
     place = (tl.program_id(2).to(tl.int64) * count + m) * out_features + n
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=(m < count) & (n < out_features))
-
-
-@triton.constexpr_function
-def _position(field, bits):
-    """The bit at which a field lies once the upper half of its word has been shifted down."""
-    per_word = 32 // bits
-    return field % per_word % (per_word // 2) * bits if field < per_word * bits else 0
 
 
 @triton.constexpr_function

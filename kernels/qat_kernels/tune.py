@@ -1,16 +1,23 @@
 """`python -m qat_kernels.tune`: time launch settings on this GPU and write them to configs/<its name>.json.
 
-Every candidate's result is compared with the first one's before its time counts. Crossovers between kernels are set so
-that no batch is served by a kernel that was slower than dequantize + cuBLAS at any of the shapes. Takes some minutes,
-most of them compiling. In the interpreter, for a rehearsal: `TRITON_INTERPRET=1 python -m qat_kernels.tune --shape
-64x128 --bits 2 --out FILE`.
+First all candidates are compiled, by as many processes as there are cores: what they leave in Triton's cache is what
+takes long. Then they are timed, one weight after the other. Every candidate's result is compared with the first one's
+before its time counts. Crossovers between kernels are set so that no batch is served by a kernel that was slower than
+dequantize + cuBLAS at any of the shapes. In the interpreter, for a rehearsal: `TRITON_INTERPRET=1 python -m
+qat_kernels.tune --shape 64x128 --bits 2 --jobs 1 --out FILE`.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,35 +41,66 @@ from qat_kernels.candidates import Settings, candidates
 
 SHAPES = ["4096x4096", "4096x11008", "8192x8192", "8192x28672", "16384x16384"]
 GROUP_SIZE = 64
-BATCHES = {"gemv": (1, 2, 4), "matmul": (16, 64, 256), "input_grad": (64, 256), "scale_grad": (4096,)}
+WIDTHS = (2, 3, 4, 8)
+FAKE_QUANT = ("fake_quant", "fake_quant_backward")
+BATCHES = {
+    **dict.fromkeys(FAKE_QUANT, (0,)),
+    "gemv": (1, 2, 4),
+    "matmul": (16, 64, 256),
+    "input_grad": (64, 256),
+    "scale_grad": (4096,),
+}
+"""Rows of x for which each kernel is timed; fake_quant has none."""
 ROUTES = {"quantized_matmul": ("gemv", "matmul"), "input_grad": ("input_grad",), "scale_grad": ("scale_grad",)}
 CROSSOVERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+REPEATS = 7
+FEW_ROWS = 64  # of a weight that is only there to compile its kernels
+
+Call = Callable[[], Tensor]
+Compilation = tuple[str, int, int, int, Settings]  # kernel, bits, rows of x, columns, settings
 
 
 class Problem:
-    """Random tensors of one shape, as many weights as it takes to leave the cache, and every kernel on them."""
+    """Random weights of one shape, as many as it takes to leave the cache, and every kernel on them."""
 
-    def __init__(self, device: torch.device, bits: int, m: int, n: int, k: int) -> None:
-        self.device, self.m, self.n, self.k = device, m, n, k
+    def __init__(self, device: torch.device, bits: int, n: int, k: int, *, copies: int | None = None) -> None:
+        self.device, self.n, self.k = device, n, k
         self.grid: dict[str, Any] = {"bits": bits, "group_size": GROUP_SIZE}
         shape = (n, bitstream.words_per_row(k, bits))
         numbers = torch.randint(-(2**31), 2**31 - 1, shape, device=device, dtype=torch.int64).to(torch.int32)
-        self.packed = [numbers.clone() for _ in range(timing.copies(device, numbers.nbytes))]
+        self.packed = [numbers.clone() for _ in range(copies or timing.copies(device, numbers.nbytes))]
         self.words = [interleave.interleave(packed, bits=bits, in_features=k) for packed in self.packed]
         groups = (n, k // GROUP_SIZE)
         self.scale = torch.rand(groups, device=device).to(torch.float16) + 0.5
         self.zero_point = torch.randint(0, 2**bits, groups, device=device, dtype=torch.uint8)
-        self.x = torch.randn(m, k, device=device).to(torch.bfloat16)
-        self.grad_out = torch.randn(m, n, device=device).to(torch.bfloat16)
+        self._batches: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def calls(self, kernel: str, use: Settings) -> list[Callable[[], Tensor]]:
-        """The kernel on every weight."""
-        return [self._call(kernel, use, place) for place in range(len(self.packed))]
+    def __str__(self) -> str:
+        return f"{self.grid['bits']} bits {self.n}x{self.k}"
 
-    def _call(self, kernel: str, use: Settings, place: int) -> Callable[[], Tensor]:
-        x, grad_out, packed, words = self.x, self.grad_out, self.packed[place], self.words[place]
+    def candidates(self, kernel: str, m: int) -> list[Settings]:
+        """What is worth timing for m rows of activations."""
+        return candidates(kernel, bits=self.grid["bits"], m=m, n=self.n, k=self.k)
+
+    def calls(self, kernel: str, m: int, use: Settings) -> list[Call]:
+        """The kernel on every weight with m rows of activations or gradients; fake_quant has one weight of its own."""
+        if kernel in FAKE_QUANT:
+            return [self._fake_quant(kernel, use)]
+        x, grad_out = self._batch(m)
+        return [
+            self._call(kernel, x, grad_out, packed, words, use)
+            for packed, words in zip(self.packed, self.words, strict=True)
+        ]
+
+    def _batch(self, m: int) -> tuple[Tensor, Tensor]:
+        if m not in self._batches:
+            x, grad_out = (torch.randn(m, width, device=self.device).to(torch.bfloat16) for width in (self.k, self.n))
+            self._batches[m] = x, grad_out
+        return self._batches[m]
+
+    def _call(self, kernel: str, x: Tensor, grad_out: Tensor, packed: Tensor, words: Tensor, use: Settings) -> Call:
         scale, zero_point, grid = self.scale, self.zero_point, self.grid
-        return {
+        calls: dict[str, Call] = {
             "gemv": lambda: triton_gemv.gemv(x, words, scale, zero_point, **grid, **use),
             "matmul": lambda: triton_matmul.matmul(x, packed, scale, zero_point, **grid, **use),
             "input_grad": lambda: triton_matmul.input_grad(
@@ -76,42 +114,129 @@ class Problem:
             "dense scale_grad": lambda: reference.scale_grad(
                 grad_out, x, packed, zero_point, **grid, dequantize=triton_dequantize.dequantize
             ),
-        }[kernel]
+        }
+        return calls[kernel]
+
+    def _fake_quant(self, kernel: str, use: Settings) -> Call:
+        weight, grad_out = self._weight
+        inputs, grid = (weight, self.scale.float(), self.zero_point.float()), {**self.grid, "use": use}
+        if kernel == "fake_quant":
+            return lambda: triton_fake_quant.fake_quant(*inputs, **grid, out_dtype=torch.bfloat16)
+        return lambda: triton_fake_quant.fake_quant_backward(grad_out, *inputs, **grid)[0]
+
+    @cached_property
+    def _weight(self) -> tuple[Tensor, Tensor]:
+        weight = torch.randn(self.n, self.k, device=self.device)
+        return weight, weight.bfloat16()
+
+
+class Tuning:
+    """What was measured so far; `known` is the table that stands where nothing was."""
+
+    def __init__(self, name: str, known: tuning.Table, kernels: Sequence[str], widths: Sequence[int]) -> None:
+        self.name, self.known, self.kernels, self.widths = name, known, kernels, widths
+        self.failed = False
+        self._rules: dict[str, dict[int, list[dict[str, Any]]]] = {
+            kernel: {m: [] for m in BATCHES[kernel]} for kernel in kernels
+        }
+        self._times: dict[tuple[str, int], list[dict[str, float]]] = {}  # operation and batch -> a time per kernel
+
+    def measure(self, problem: Problem) -> None:
+        """Find the settings of every kernel for this weight, and time the kernels against each other with them."""
+        best: dict[str, dict[int, Settings]] = {}
+        for kernel in self.kernels:
+            if kernel in FAKE_QUANT and problem.grid["bits"] != self.widths[0]:
+                continue  # the width is a number in its arithmetic
+            best[kernel] = {}
+            for m in BATCHES[kernel]:
+                try:
+                    use, seconds = _fastest(problem, kernel, m)
+                except (AssertionError, RuntimeError) as error:
+                    self.failed = True
+                    print(f"{kernel} {problem}, {m} rows: {error}", file=sys.stderr)
+                    continue
+                best[kernel][m] = use
+                bits = {} if kernel in FAKE_QUANT else {"bits": [problem.grid["bits"]]}
+                rule = {**bits, "n": problem.n, "k": problem.k, "use": use, "us": round(seconds * 1e6, 2)}
+                self._rules[kernel][m].append(rule)
+        for operation, kernels in ROUTES.items():
+            if all(best.get(kernel) for kernel in kernels):
+                self._compare(problem, operation, {kernel: best[kernel] for kernel in kernels})
+
+    def _compare(self, problem: Problem, operation: str, best: dict[str, dict[int, Settings]]) -> None:
+        for m in CROSSOVERS:
+            times = {}
+            for kernel in [*best, f"dense {operation}"]:
+                found = best.get(kernel, {0: {}})
+                use = next((found[limit] for limit in sorted(found) if m <= limit), found[max(found)])
+                times[kernel] = timing.seconds(problem.device, problem.calls(kernel, m, use), repeats=REPEATS)
+            self._times.setdefault((operation, m), []).append(times)
+
+    def table(self) -> dict[str, Any]:
+        """The contents of a file of settings."""
+        settings = {kernel: self._settings(kernel) for kernel in self.known.settings}
+        routes = {operation: self._crossovers(operation) for operation in ROUTES}
+        head = {"format_version": tuning.FORMAT_VERSION, "devices": [self.name], "timed": True}
+        note = (
+            f"Timed by qat_kernels.tune with torch {torch.__version__}, groups of {GROUP_SIZE}, bf16; us is per call."
+        )
+        return {**head, "note": note, "routes": routes, "settings": settings}
+
+    def _settings(self, kernel: str) -> list[dict[str, Any]]:
+        """Rules by batch, the last for any; what is known for widths that were not measured stays."""
+        measured = self._rules.get(kernel, {})
+        rules = []
+        for place, m in enumerate(measured):
+            limit = {} if place == len(measured) - 1 else {"up_to_m": m}
+            rules += [{**limit, **rule} for rule in measured[m]]
+        if not any("up_to_m" not in rule for rule in rules):
+            return self.known.settings[kernel]
+        if kernel in FAKE_QUANT:
+            return rules
+        for rule in self.known.settings[kernel]:
+            others = [bits for bits in rule.get("bits", WIDTHS) if bits not in self.widths]
+            rules += [{**rule, "bits": others}] if others else []
+        return rules
+
+    def _crossovers(self, operation: str) -> dict[str, int]:
+        """Up to which batch each kernel of an operation is the fastest for every weight."""
+        if (operation, CROSSOVERS[0]) not in self._times:
+            return self.known.routes[operation]
+        limits, kernels = dict.fromkeys(ROUTES[operation], 0), list(ROUTES[operation])
+        for m in CROSSOVERS:
+            for times in self._times[operation, m]:
+                while kernels and times[kernels[0]] > min(times[k] for k in [*kernels, f"dense {operation}"]):
+                    kernels.pop(0)
+            if not kernels:
+                break
+            limits[kernels[0]] = m
+        return limits
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Tune and write."""
+    """Tune and write, after every weight: what was measured is kept if the rest is interrupted."""
     parser = argparse.ArgumentParser(prog="python -m qat_kernels.tune", description=__doc__)
     parser.add_argument("--shape", action="append", help=f"OUTxIN, repeatable; default {' '.join(SHAPES)}")
-    parser.add_argument("--bits", action="append", type=int, choices=(2, 3, 4, 8), help="repeatable; default all")
+    parser.add_argument("--bits", action="append", type=int, choices=WIDTHS, help="repeatable; default all")
+    parser.add_argument("--kernel", action="append", choices=list(BATCHES), help="repeatable; default all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile; default: cores")
     parser.add_argument("--out", type=Path, help="default: beside the other settings, under the name of the GPU")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "interpreter"
     shapes = [(int(n), int(k)) for n, k in (text.split("x") for text in options.shape or SHAPES)]
-    table = tune(device, name, shapes, options.bits or [2, 3, 4, 8])
+    widths, kernels = options.bits or list(WIDTHS), options.kernel or list(BATCHES)
     path = options.out or tuning.CONFIGS / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
-    path.write_text(as_text(table), encoding="utf-8")
+    if options.jobs > 1 and device.type == "cuda":
+        _compile_all(list(_compilations(shapes, widths, kernels)), options.jobs)
+    found = Tuning(name, tuning.load(path) if path.exists() else tuning.default(), kernels, widths)
+    for bits in widths:
+        for n, k in shapes:
+            found.measure(Problem(device, bits, n, k))
+            path.write_text(as_text(found.table()), encoding="utf-8")
     print(path)
-
-
-def tune(device: torch.device, name: str, shapes: list[tuple[int, int]], widths: list[int]) -> dict[str, Any]:
-    """The contents of a file of settings."""
-    settings: dict[str, list[dict[str, Any]]] = {kernel: [] for kernel in ("fake_quant", "fake_quant_backward")}
-    for kernel, (n, k) in ((kernel, shape) for kernel in settings for shape in shapes):
-        settings[kernel].append({"n": n, "k": k, **_best_fake_quant(device, kernel, n, k)})
-    for kernel, batches in BATCHES.items():
-        settings[kernel] = []
-        for place, m in enumerate(batches):
-            limit = {} if place == len(batches) - 1 else {"up_to_m": m}
-            for bits, (n, k) in ((bits, shape) for bits in widths for shape in shapes):
-                best = _best(kernel, Problem(device, bits, m, n, k))
-                settings[kernel].append({**limit, "bits": [bits], "n": n, "k": k, **best})
-    known = tuning.Table(Path(name), (name,), True, {}, settings)
-    routes = {operation: _crossovers(device, known, operation, shapes, widths) for operation in ROUTES}
-    head = {"format_version": tuning.FORMAT_VERSION, "devices": [name], "timed": True}
-    note = f"Timed by qat_kernels.tune with torch {torch.__version__}, groups of {GROUP_SIZE}, bf16; us is per call."
-    return {**head, "note": note, "routes": routes, "settings": settings}
+    if found.failed:
+        sys.exit(1)
 
 
 def as_text(table: dict[str, Any]) -> str:
@@ -121,81 +246,60 @@ def as_text(table: dict[str, Any]) -> str:
     return rule.sub(lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text) + "\n"
 
 
-def _best(kernel: str, problem: Problem) -> dict[str, Any]:
-    tried = candidates(kernel, bits=problem.grid["bits"], m=problem.m, n=problem.n, k=problem.k)
-    what = f"{kernel} {problem.grid['bits']} bits {problem.m}x{problem.n}x{problem.k}"
-    return _fastest(what, problem.device, [(use, problem.calls(kernel, use)) for use in tried])
+def _fastest(problem: Problem, kernel: str, m: int) -> tuple[Settings, float]:
+    """The settings with the shortest time, in seconds; those that do not launch are passed over.
 
-
-def _best_fake_quant(device: torch.device, kernel: str, n: int, k: int) -> dict[str, Any]:
-    weight, grad_out = (torch.randn(n, k, device=device) for _ in range(2))
-    scale = torch.rand(n, k // GROUP_SIZE, device=device) + 0.5
-    inputs = (weight, scale, torch.ones_like(scale))
-    tried: list[tuple[Settings, list[timing.Call]]] = []
-    for use in candidates(kernel, bits=2, m=0, n=n, k=k):
-        if kernel == "fake_quant":
-
-            def call(use: Settings = use) -> Tensor:
-                return triton_fake_quant.fake_quant(
-                    *inputs, bits=2, group_size=GROUP_SIZE, out_dtype=torch.bfloat16, use=use
-                )
-        else:
-
-            def call(use: Settings = use) -> Tensor:
-                return triton_fake_quant.fake_quant_backward(grad_out, *inputs, bits=2, group_size=GROUP_SIZE, use=use)[
-                    0
-                ]
-
-        tried.append((use, [call]))
-    return _fastest(f"{kernel} {n}x{k}", device, tried)
-
-
-def _fastest(what: str, device: torch.device, tried: list[tuple[Settings, Any]]) -> dict[str, Any]:
-    """The settings with the shortest time; those that do not launch are passed over, wrong results are an error."""
-    best: tuple[float, Settings] | None = None
+    AssertionError when results differ, RuntimeError when nothing launches.
+    """
+    best: tuple[Settings, float] | None = None
     expected: Tensor | None = None
-    for use, calls in tried:
+    what = f"{kernel} {problem}, {m} rows"
+    for use in problem.candidates(kernel, m):
+        calls = problem.calls(kernel, m, use)
         try:
             result = calls[0]().float()
-            taken = timing.seconds(device, calls)
+            taken = timing.seconds(problem.device, calls, repeats=REPEATS)
         except Exception as error:  # too much shared memory or too many registers for this device
             print(f"{what}: {use} does not run: {type(error).__name__}", file=sys.stderr)
             continue
         expected = result if expected is None else expected
         torch.testing.assert_close(result, expected, rtol=0, atol=2**-6 * expected.abs().max().item())
-        if best is None or taken < best[0]:
-            best = taken, use
+        if best is None or taken < best[1]:
+            best = use, taken
     if best is None:
-        raise RuntimeError(f"{what}: no candidate runs on this device")
-    print(f"{what}: {best[0] * 1e6:.1f} us with {best[1]}", file=sys.stderr)
-    return {"use": best[1], "us": round(best[0] * 1e6, 2)}
+        raise RuntimeError("no candidate runs on this device")
+    print(f"{what}: {best[1] * 1e6:.1f} us with {best[0]}", file=sys.stderr)
+    return best
 
 
-def _crossovers(
-    device: torch.device, table: tuning.Table, operation: str, shapes: list[tuple[int, int]], widths: list[int]
-) -> dict[str, int]:
-    """Up to which batch each kernel of an operation is the fastest for every shape and width."""
-    limits = dict.fromkeys(ROUTES[operation], 0)
-    kernels = list(ROUTES[operation])
-    for m in CROSSOVERS:
-        while kernels and not all(
-            _wins(Problem(device, bits, m, n, k), table, operation, kernels) for bits in widths for n, k in shapes
-        ):
-            kernels.pop(0)
-        if not kernels:
-            break
-        limits[kernels[0]] = m
-    return limits
+def _compilations(shapes: list[tuple[int, int]], widths: list[int], kernels: list[str]) -> Iterator[Compilation]:
+    """Every binary that will be asked for, once, with a weight for which it is asked."""
+    seen = set()
+    for kernel, bits, (n, k) in product(kernels, widths, shapes):
+        # Triton makes a binary of its own where a size is not a multiple of 16.
+        sizes = () if kernel in (*FAKE_QUANT, "gemv") else (bitstream.words_per_row(k, bits) % 16, k // GROUP_SIZE % 16)
+        for m in BATCHES[kernel]:
+            for use in candidates(kernel, bits=bits, m=m, n=n, k=k):
+                own = tuple(value for name, value in use.items() if name != "splits")
+                key = (kernel, 0 if kernel in FAKE_QUANT else bits, own, *(size == 0 for size in sizes))
+                if key not in seen:
+                    seen.add(key)
+                    yield kernel, bits, m, k, use
 
 
-def _wins(problem: Problem, table: tuning.Table, operation: str, kernels: list[str]) -> bool:
-    """Whether the first of the kernels is faster than the others and than the dense way."""
-    bits, m, n, k = problem.grid["bits"], problem.m, problem.n, problem.k
-    times = []
-    for kernel in [*kernels, f"dense {operation}"]:
-        use = {} if kernel.startswith("dense") else table.pick(kernel, bits=bits, m=m, n=n, k=k)
-        times.append(timing.seconds(problem.device, problem.calls(kernel, use)))
-    return times[0] == min(times)
+def _compile_all(compilations: list[Compilation], jobs: int) -> None:
+    start = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        for done, _ in enumerate(pool.imap_unordered(_compile, compilations), start=1):
+            if done % 50 == 0 or done == len(compilations):
+                print(f"compiled {done} of {len(compilations)}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+
+
+def _compile(compilation: Compilation) -> None:
+    kernel, bits, m, k, use = compilation
+    problem = Problem(torch.device("cuda"), bits, FEW_ROWS, k, copies=1)
+    with suppress(Exception):  # the one that does not compile is reported where it would be timed
+        problem.calls(kernel, m, use)[0]()
 
 
 if __name__ == "__main__":

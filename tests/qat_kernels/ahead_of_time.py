@@ -37,6 +37,7 @@ Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]  # name, 
 BITS = (2, 3, 4, 8)
 EXACT, FUSED = {"enable_fp_fusion": False}, {"enable_fp_fusion": True}
 WEIGHT = {"scale_ptr": "*fp16", "zero_point_ptr": "*u8"}
+UNALIGNED = ("count", "blocks", "groups", "n_groups", "length")  # sizes that are no multiple of 16 in some model
 SIZES = {"count": "i32", "out_features": "i32", "in_features": "i32", "words": "i32", "groups": "i32"}
 
 
@@ -44,7 +45,7 @@ def main(capability: int) -> None:
     """Compile all and print what came out."""
     for name, kernel, types, constants, options in cases():
         signature = {**types, **dict.fromkeys(constants, "constexpr")}
-        aligned = [place for place, argument in enumerate(types) if argument not in ("count", "n_groups", "length")]
+        aligned = [place for place, argument in enumerate(types) if argument not in UNALIGNED]
         compiled = triton.compile(
             ASTSource(kernel, signature, constants, {(place,): [["tt.divisibility", 16]] for place in aligned}),
             target=GPUTarget("cuda", capability, 32),
@@ -111,8 +112,8 @@ def configured(kernel: str, bits: int, use: dict[str, int]) -> Iterator[Case]:
     grid = {"BITS": bits, "GROUP": 64, "OPERAND": tl.bfloat16, **blocks}
     packed = {"packed_ptr": "*i32", **WEIGHT, **SIZES}
     if kernel == "gemv":
-        types = {"out_ptr": "*bf16", "x_ptr": "*bf16", "words_ptr": "*i32", **WEIGHT, **SIZES}
-        types = {("lanes" if name == "words" else name): kind for name, kind in types.items()}
+        types = {"out_ptr": "*bf16", "x_ptr": "*bf16", "planes_ptr": "*i16", "bytes_ptr": "*u8", **WEIGHT, **SIZES}
+        types = {("blocks" if name == "words" else name): kind for name, kind in types.items()}
         constants = {"BITS": bits, "GROUP": 64, "WHOLE": True, "BATCH": use["batch"], "ROWS": use["rows"]}
         constants["BLOCKS"] = 32 * use["num_warps"]
         yield "gemv", triton_gemv._gemv_kernel, types, constants, options

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from qat_kernels import cpu, cpu_build
+from qat_kernels import cpu, cpu_build, tuning
 
 ROOT = Path(__file__).resolve().parents[2]
 TRITON = pytest.param("triton", marks=[pytest.mark.gpu] if torch.cuda.is_available() else [])
@@ -46,6 +46,12 @@ def triton_device(request: pytest.FixtureRequest) -> str:
     """Where a test that calls a Triton kernel itself runs it."""
     pytest.importorskip("triton")
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def fixed_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same launch settings on every GPU, tuned or not."""
+    monkeypatch.setattr(tuning, "table_for", lambda device: tuning.default())
 
 
 @pytest.fixture(autouse=True)

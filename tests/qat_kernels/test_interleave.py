@@ -16,7 +16,7 @@ def test_round_trip(bits: int, in_features: int, monkeypatch: pytest.MonkeyPatch
     codes = torch.randint(0, 2**bits, (5, in_features), dtype=torch.uint8)
     packed = qat_kernels.pack(codes, bits=bits)
     words = interleave.interleave(packed, bits=bits, in_features=in_features)
-    assert words.shape == (5, bits, interleave.lanes_per_row(in_features))
+    assert words.shape == (5, interleave.words_per_row(in_features, bits))
     assert torch.equal(interleave.deinterleave(words, bits=bits, in_features=in_features), codes)
     assert in_features % 64 or words.numel() == packed.numel()
 
@@ -24,20 +24,21 @@ def test_round_trip(bits: int, in_features: int, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("bits", "column", "places"),
     [
-        (2, 0, [(0, 0, 0), (0, 0, 1)]),  # (word plane, lane, bit) of each bit of the code, lowest first
-        (2, 65, [(0, 3, 0), (0, 3, 1)]),
-        (4, 63, [(3, 1, 28), (3, 1, 29), (3, 1, 30), (3, 1, 31)]),
-        (3, 21, [(1, 1, 0), (1, 1, 1), (1, 1, 2)]),
-        (3, 60, [(0, 0, 30), (0, 0, 31), (2, 0, 30)]),
-        (3, 63, [(1, 1, 30), (1, 1, 31), (2, 1, 31)]),
+        (2, 0, [(0, 0), (0, 1)]),  # (byte of the row, bit) of each bit of the code, lowest first
+        (2, 9, [(2, 2), (2, 3)]),  # field 1 of lane 1, two bytes a lane
+        (2, 64 + 63, [(31, 6), (31, 7)]),
+        (3, 17, [(2, 6), (2, 7), (3, 0)]),  # field 2 of lane 1, in the plane of 16 bits
+        (3, 40, [(1, 7), (32, 0), (32, 1)]),  # field 5 of lane 0 goes on in the plane of 8 bits, behind 16 lanes
+        (4, 63, [(47, 4), (47, 5), (47, 6), (47, 7)]),  # field 7 of lane 7, in the second plane behind 16 lanes
+        (8, 32, [(64, bit) for bit in range(8)]),  # field 4 of lane 0 opens the third plane
     ],
 )
-def test_where_a_code_lies(bits: int, column: int, places: list[tuple[int, int, int]]) -> None:
+def test_where_a_code_lies(bits: int, column: int, places: list[tuple[int, int]]) -> None:
     codes = torch.zeros(1, 128, dtype=torch.uint8)
     codes[0, column] = 2**bits - 1
-    words = interleave.interleave(qat_kernels.pack(codes, bits=bits), bits=bits, in_features=128)[0]
-    found = [(j, u, b) for j in range(bits) for u in range(4) for b in range(32) if int(words[j, u]) >> b & 1]
-    assert found == places
+    words = interleave.interleave(qat_kernels.pack(codes, bits=bits), bits=bits, in_features=128)
+    row = words.view(torch.uint8)[0].tolist()
+    assert [(place, bit) for place, byte in enumerate(row) for bit in range(8) if byte >> bit & 1] == places
 
 
 @pytest.mark.parametrize(

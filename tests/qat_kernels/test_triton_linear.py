@@ -189,7 +189,7 @@ def test_the_bounds_checker_sees_every_access(triton_device: str, in_bounds: lis
     before = in_bounds[0]
     settings = {"rows": 4, "batch": 1, "splits": 1, "num_warps": 1}
     triton_gemv.gemv(case.x, words, case.scale, case.zero_point, **case.grid, **settings)
-    assert in_bounds[0] - before == 4 * 4 + 64 + 4 + 4 + 4  # words, x, scales, zero points, y
+    assert in_bounds[0] - before == 4 * 8 + 64 + 4 + 4 + 4  # lanes, x, scales, zero points, y
     with pytest.raises(Exception, match="a kernel left its tensors"):
         triton_gemv.gemv(case.x, words, case.scale, case.zero_point[:2].clone(), **case.grid, **settings)
 

@@ -53,7 +53,7 @@ def test_shipped_files_are_complete() -> None:
     for path in files:
         shipped = tuning.load(path)
         assert bool(shipped.devices) == (path.stem != "default"), path
-        assert set(shipped.settings) == {"fake_quant", "fake_quant_backward", *tune.BATCHES}
+        assert set(shipped.settings) == set(tune.BATCHES)
         assert {name: tuple(limits) for name, limits in shipped.routes.items()} == tune.ROUTES
         for kernel in shipped.settings:
             for bits in (2, 3, 4, 8):
@@ -87,7 +87,7 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
         tuning.load(path)
 
 
-@pytest.mark.parametrize("kernel", ["fake_quant", "fake_quant_backward", *tune.BATCHES])
+@pytest.mark.parametrize("kernel", list(tune.BATCHES))
 def test_there_are_candidates_for_every_shape_and_few_for_each(kernel: str) -> None:
     for bits in (2, 3, 4, 8):
         for m in (1, 2, 16, 64, 4096):
@@ -102,7 +102,7 @@ def test_the_command_writes_a_file_that_loads(tmp_path: Path, monkeypatch: pytes
     """Times come from a clock of the test's own: the second candidate of each kernel is the fastest."""
     asked: list[int] = []
 
-    def seconds(device: object, calls: list[timing.Call]) -> float:
+    def seconds(device: object, calls: list[timing.Call], *, repeats: int) -> float:
         asked.append(len(calls))
         return 1.0 if len(asked) % 2 else 0.5
 
@@ -117,14 +117,54 @@ def test_the_command_writes_a_file_that_loads(tmp_path: Path, monkeypatch: pytes
     tune.main(["--shape", "64x128", "--bits", "2", "--out", str(path)])
     written = tuning.load(path)
     assert written.timed
-    assert set(written.settings) == {"fake_quant", "fake_quant_backward", *tune.BATCHES}
+    assert set(written.settings) == set(tune.BATCHES)
     for kernel, rules in written.settings.items():
-        for rule in rules:
+        measured = [rule for rule in rules if "us" in rule]
+        others = [rule for rule in rules if "us" not in rule]
+        assert measured
+        assert all(rule["bits"] == [3, 4, 8] for rule in others)
+        assert bool(others) == ("fake_quant" not in kernel)
+        for rule in measured:
             assert rule["us"] == 500_000.0
-            assert (
-                rule["use"] == two(kernel, bits=2, m=16 if kernel == "matmul" else 2, n=64, k=128)[1]
-                or kernel == "gemv"
-            )
-    assert [rule.get("up_to_m") for rule in written.settings["gemv"]] == [1, None]
+            expected = two(kernel, bits=2, m=rule.get("up_to_m", 2 if kernel == "gemv" else 16), n=64, k=128)
+            assert rule["use"] == expected[1]
+    gemv = [rule for rule in written.settings["gemv"] if "us" in rule]
+    assert [rule.get("up_to_m") for rule in gemv] == [1, None]
+    assert written.pick("gemv", bits=2, m=1, n=64, k=128) == gemv[0]["use"]
     assert max(map(len, path.read_text().splitlines())) < 250
-    assert len(path.read_text().splitlines()) < 60
+    assert len(path.read_text().splitlines()) < 70
+
+
+def test_what_was_measured_before_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run for another width, and one that measures a single kernel, add to the file."""
+    times = iter(range(1, 10_000))
+    monkeypatch.setattr(timing, "seconds", lambda *_, **__: float(next(times)))
+    monkeypatch.setattr(tune, "candidates", lambda kernel, **shape: candidates.candidates(kernel, **shape)[:1])
+    monkeypatch.setattr(tune, "BATCHES", {"fake_quant": (0,), "gemv": (1,)})
+    path = tmp_path / "gpu.json"
+    for bits in ("2", "4"):
+        tune.main(["--shape", "64x128", "--kernel", "gemv", "--bits", bits, "--out", str(path)])
+    written = tuning.load(path)
+    assert sorted(rule["bits"] for rule in written.settings["gemv"] if "us" in rule) == [[2], [4]]
+    assert written.settings["matmul"] == tuning.default().settings["matmul"]
+    assert written.routes == tuning.default().routes
+
+
+def test_a_wrong_result_is_reported_and_the_rest_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gemv, results = tune.Problem._call, iter((1.0, -1.0))
+
+    def wrong(self: tune.Problem, kernel: str, *rest: Any) -> tune.Call:
+        call = gemv(self, kernel, *rest)
+        return (lambda: call() * next(results)) if kernel == "gemv" else call
+
+    monkeypatch.setattr(tune.Problem, "_call", wrong)
+    monkeypatch.setattr(timing, "seconds", lambda *_, **__: 1.0)
+    monkeypatch.setattr(tune, "candidates", lambda kernel, **shape: candidates.candidates(kernel, **shape)[:2])
+    monkeypatch.setattr(tune, "BATCHES", {"gemv": (1,), "input_grad": (16,)})
+    path = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit, match="1"):
+        tune.main(["--shape", "64x128", "--bits", "2", "--out", str(path)])
+    assert "gemv 2 bits 64x128, 1 rows: Tensor-likes are not close!" in capsys.readouterr().err
+    assert any("us" in rule for rule in tuning.load(path).settings["input_grad"])
