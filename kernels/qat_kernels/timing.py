@@ -38,9 +38,14 @@ def _graph_times(calls: Sequence[Call], repeats: int) -> float:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        graph.capture_begin()  # `torch.cuda.graph` would collect garbage first: a quarter of a second each time
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
     for _ in range(3):
         graph.replay()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]

@@ -193,8 +193,9 @@ class Tuning:
             return self.known.settings[kernel]
         if kernel in FAKE_QUANT:
             return rules
+        done = {bits for rule in rules for bits in rule["bits"]}
         for rule in self.known.settings[kernel]:
-            others = [bits for bits in rule.get("bits", WIDTHS) if bits not in self.widths]
+            others = [bits for bits in rule.get("bits", WIDTHS) if bits not in done]
             rules += [{**rule, "bits": others}] if others else []
         return rules
 

@@ -150,6 +150,25 @@ def test_what_was_measured_before_stays(tmp_path: Path, monkeypatch: pytest.Monk
     assert written.routes == tuning.default().routes
 
 
+def test_an_interrupted_tuning_leaves_a_file_for_every_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop_at_4_bits(device: object, bits: int, n: int, k: int) -> tune.Problem:
+        if bits == 4:
+            raise KeyboardInterrupt
+        return problem(device, bits, n, k)
+
+    problem = tune.Problem
+    monkeypatch.setattr(tune, "Problem", stop_at_4_bits)
+    monkeypatch.setattr(timing, "seconds", lambda *_, **__: 1.0)
+    monkeypatch.setattr(tune, "candidates", lambda kernel, **shape: candidates.candidates(kernel, **shape)[:1])
+    monkeypatch.setattr(tune, "BATCHES", {"gemv": (1,)})
+    path = tmp_path / "gpu.json"
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--shape", "64x128", "--bits", "2", "--bits", "4", "--out", str(path)])
+    written = tuning.load(path)
+    assert [rule["bits"] for rule in written.settings["gemv"] if "us" in rule] == [[2]]
+    assert all(written.pick("gemv", bits=bits, m=1, n=64, k=128) for bits in (2, 3, 4, 8))
+
+
 def test_a_wrong_result_is_reported_and_the_rest_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
