@@ -26,6 +26,7 @@ from qat_kernels.triton_parts import add_parts, make_parts
 _BLOCK = tl.constexpr(BLOCK)
 _LANES = tl.constexpr(LANES)
 _FIELDS = tl.constexpr(FIELDS)
+_THREADS_ALONG_FIRST_AXIS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 
 
 def supports(group_size: int, in_features: int) -> bool:
@@ -106,28 +107,33 @@ def _gemv_kernel(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Axes of every tile: [BATCH, ROWS, BLOCKS, LANES]. With other ranks Triton would change layouts.
+    """Axes of every tile: [BEFORE, BATCH, ROWS, AFTER, LANES]; planes_ptr and bytes_ptr are the words, read 16 or 8
+    bits at a time.
 
-    planes_ptr and bytes_ptr are the words, read 16 or 8 bits at a time.
+    Blocks of columns lie along BEFORE or along AFTER. In every tile alike neighbouring threads must have neighbouring
+    blocks, or each activation goes through shared memory; Triton gives what the last axis leaves of the threads to the
+    first of the others (3.6) or to the last (3.7 and later).
     """
+    BEFORE: tl.constexpr = BLOCKS if _THREADS_ALONG_FIRST_AXIS else 1
+    AFTER: tl.constexpr = BLOCKS // BEFORE
     PER_LANE: tl.constexpr = 8 if BITS <= 3 else 16 // BITS  # fields of a lane in each plane
-    n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :, None, None]
-    m = (tl.program_id(1) * BATCH + tl.arange(0, BATCH))[:, None, None, None]
-    step = tl.arange(0, BLOCKS)[None, None, :, None]
-    w = tl.arange(0, _LANES)[None, None, None, :]
+    n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, None, :, None, None]
+    m = (tl.program_id(1) * BATCH + tl.arange(0, BATCH))[None, :, None, None, None]
+    step = tl.arange(0, BEFORE)[:, None, None, None, None] * AFTER + tl.arange(0, AFTER)[None, None, None, :, None]
+    w = tl.arange(0, _LANES)[None, None, None, None, :]
     row = tl.minimum(n, out_features - 1).to(tl.int64)  # surplus rows repeat the last one and are not stored
     x_row = tl.minimum(m, count - 1).to(tl.int64)
     share = tl.cdiv(tl.cdiv(blocks, BLOCKS), tl.num_programs(2)) * BLOCKS
     first = tl.program_id(2) * share
-    y = tl.zeros((BATCH, ROWS, BLOCKS, 1), dtype=tl.float32)
+    y = tl.zeros((BEFORE, BATCH, ROWS, AFTER, 1), dtype=tl.float32)
     for start in range(first, tl.minimum(first + share, blocks), BLOCKS):
         block = start + step
         live = block < blocks
         lane = block * _LANES + w
         x_column = block * _BLOCK + w
         plane_ptr = planes_ptr + row * (blocks * (4 * BITS)) + lane
-        q_x = tl.zeros((BATCH, ROWS, BLOCKS, _LANES), dtype=tl.float32)
-        sum_x = tl.zeros((BATCH, 1, BLOCKS, _LANES), dtype=tl.float32)
+        q_x = tl.zeros((BEFORE, BATCH, ROWS, AFTER, _LANES), dtype=tl.float32)
+        sum_x = tl.zeros((BEFORE, BATCH, 1, AFTER, _LANES), dtype=tl.float32)
         for field in tl.static_range(_FIELDS):
             if field % PER_LANE == 0:
                 word = tl.load(plane_ptr + field // PER_LANE * (blocks * _LANES), mask=live, other=0)
@@ -147,11 +153,11 @@ def _gemv_kernel(
                 inside = live & (group < groups)
                 scale = tl.load(scale_ptr + place, mask=inside, other=0.0).to(tl.float32)
                 zero_point = tl.load(zero_point_ptr + place, mask=inside, other=0).to(tl.float32)
-                group_q_x = tl.sum(q_x, axis=3, keep_dims=True) * 2.0**74
-                y += scale * (group_q_x - zero_point * tl.sum(sum_x, axis=3, keep_dims=True))
-                q_x = tl.zeros((BATCH, ROWS, BLOCKS, _LANES), dtype=tl.float32)
-                sum_x = tl.zeros((BATCH, 1, BLOCKS, _LANES), dtype=tl.float32)
-    total = tl.sum(y, axis=2, keep_dims=True)
+                group_q_x = tl.sum(q_x, axis=4, keep_dims=True) * 2.0**74
+                y += scale * (group_q_x - zero_point * tl.sum(sum_x, axis=4, keep_dims=True))
+                q_x = tl.zeros((BEFORE, BATCH, ROWS, AFTER, _LANES), dtype=tl.float32)
+                sum_x = tl.zeros((BEFORE, BATCH, 1, AFTER, _LANES), dtype=tl.float32)
+    total = tl.sum(tl.sum(y, axis=3, keep_dims=True), axis=0, keep_dims=True)
     place = (tl.program_id(2).to(tl.int64) * count + m) * out_features + n
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=(m < count) & (n < out_features))
 
