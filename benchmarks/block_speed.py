@@ -33,7 +33,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from qatcli.activations import advance_stream, fill_stream
-from qatcli.blocktrain import Windows, build_student, export_students, train_block
+from qatcli.blocktrain import Objective, Windows, build_student, export_students, train_block
 from qatcli.grid import initial_grid
 from qatcli.linear import PackedLinear, replace_modules
 from qatcli.models.blocks import open_blocks, run_block
@@ -230,9 +230,7 @@ def _full(setting: Setting, peak_tflops: float | None) -> None:
     """Whole epochs as block-ap runs them, its two sweeps, and the packed block as e2e-qp runs it."""
     count, tokens, hidden = setting.windows.inputs.shape
     weights = sum(linear.weight.numel() for linear in _linears(setting.block).values())
-    warm = Setting(
-        **{**vars(setting), "windows": Windows(*(t[: 2 * setting.batch] for t in vars(setting.windows).values()))}
-    )
+    warm = Setting(**{**vars(setting), "windows": Windows(*(t[: 2 * setting.batch] for t in setting.windows.streams))})
     _train(warm, epochs=1)
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
@@ -285,8 +283,9 @@ def _train(
     held_out = Windows(setting.windows.inputs[:1], setting.windows.targets[:1])
     config = BlockApSection(epochs=epochs, batch_size=setting.batch, shuffle=False)
     common = {"zero_points": "any", "generator": torch.Generator(), "device": DEVICE, "progress": progress}
-    arguments = (setting.windows, held_out, setting.arguments, config)
-    return block, students, _timed(lambda: train_block(block, students, *arguments, **common))
+    objective = Objective(block, setting.arguments, config.loss)
+    arguments = (objective, students, setting.windows, held_out, config)
+    return block, students, _timed(lambda: train_block(*arguments, **common))
 
 
 def _packed_pass(block: nn.Module, window: Tensor, arguments: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 import qatcli
 from qatcli.activations import advance_stream, fill_stream
 from qatcli.blockfiles import block_quants
-from qatcli.blocktrain import BlockResult, Windows, build_student, input_hessians, train_block
+from qatcli.blocktrain import BlockResult, Objective, Windows, build_student, input_hessians, train_block
 from qatcli.data import sample_windows
 from qatcli.grid import initial_grid
 from qatcli.losses import token_loss
@@ -129,11 +129,10 @@ def _quantize(recipe: Recipe, setting: Setting) -> tuple[float, list[BlockResult
         students = build_student(block, prefix, quants, grids, zero_points=recipe.quant.zero_points, hessians=hessians)
         results.append(
             train_block(
-                block,
+                Objective(block, arguments, recipe.block_ap.loss),
                 students,
                 Windows(train, train_target),
                 Windows(held_out, held_out_target),
-                arguments,
                 recipe.block_ap,
                 zero_points=recipe.quant.zero_points,
                 generator=torch.Generator().manual_seed(recipe.calibrate.seed + index),

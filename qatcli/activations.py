@@ -174,11 +174,20 @@ def fill_stream(stream: Tensor, model: BlockModel, windows: Tensor, device: torc
 
 @torch.no_grad()
 def advance_stream(
-    stream: Tensor, block: nn.Module, arguments: dict[str, Any], *, batch_size: int, device: torch.device
+    stream: Tensor,
+    block: nn.Module,
+    arguments: dict[str, Any],
+    *,
+    batch_size: int,
+    device: torch.device,
+    into: Tensor | None = None,
 ) -> None:
-    """Replace the hidden states in `stream` by the block's outputs, in place. bf16 streams run under autocast."""
+    """Write the block's outputs for the hidden states in `stream` to `into`, by default in their place.
+
+    bf16 streams run under autocast.
+    """
     batches = in_order(len(stream), batch_size)
-    with write_back(stream, device) as write:
+    with write_back(stream if into is None else into, device) as write:
         for rows, (hidden,) in zip(batches, read_batches([stream], batches, device), strict=True):
             with autocast(device, stream.dtype):
                 output = run_block(block, hidden, arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,18 @@ from qatcli.training import Schedule, autocast, parameter_group, scale_unit
 
 @dataclass(frozen=True)
 class Windows:
-    """What a block trains on: `inputs` it receives and `targets` of the full-precision block, both [S, T, H]."""
+    """What a block trains on, all [S, T, H]: `inputs` it receives, `targets` of the full-precision block, and
+    `following`, what the next full-precision block makes of these, if training looks so far ahead."""
 
     inputs: Tensor
     targets: Tensor
+    following: Tensor | None = None
+
+    @property
+    def streams(self) -> tuple[Tensor, ...]:
+        """Those that are there, in this order."""
+        found = (self.inputs, self.targets)
+        return found if self.following is None else (*found, self.following)
 
 
 @dataclass
@@ -123,27 +131,43 @@ def block_loss(output: Tensor, target: Tensor, kind: str) -> Tensor:
     return error.mean()
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What a block is trained for: the error of its output, and, if the next block is given, the mean of it and of the
+    error after that block in full precision, which is what the rest of the model makes of the first one."""
+
+    block: nn.Module
+    arguments: dict[str, Any]
+    kind: str
+    following: tuple[nn.Module, dict[str, Any]] | None = None  # and its arguments
+
+    def __call__(self, inputs: Tensor, targets: Sequence[Tensor], *, run: Callable[..., Tensor] = run_block) -> Tensor:
+        """The loss, a scalar, of a batch [B, T, H]; `targets` are the batch of `Windows.streams` without the inputs."""
+        output = run(self.block, inputs, self.arguments)
+        loss = block_loss(output, targets[0], self.kind)
+        if self.following is None:
+            return loss
+        block, arguments = self.following
+        return (loss + block_loss(run(block, output, arguments), targets[1], self.kind)) / 2
+
+
 @torch.no_grad()
-def validation_loss(
-    block: nn.Module, windows: Windows, arguments: dict[str, Any], kind: str, batch_size: int, device: torch.device
-) -> float:
+def validation_loss(objective: Objective, windows: Windows, batch_size: int, device: torch.device) -> float:
     """Mean loss over held-out windows."""
     losses = []
     batches = in_order(len(windows.inputs), batch_size)
-    for inputs, target in read_batches((windows.inputs, windows.targets), batches, device):
+    for inputs, *targets in read_batches(windows.streams, batches, device):
         with autocast(device, inputs.dtype):
-            output = run_block(block, inputs, arguments)
-        losses.append(block_loss(output, target, kind))
+            losses.append(objective(inputs, targets))
     counts = [len(rows) for rows in batches]
     return sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True)) / sum(counts)
 
 
 def train_block(
-    block: nn.Module,
+    objective: Objective,
     students: dict[str, FakeQuantLinear],
     train: Windows,
     held_out: Windows,
-    arguments: dict[str, Any],
     config: BlockApSection,
     *,
     zero_points: ZeroPoints,
@@ -151,21 +175,21 @@ def train_block(
     device: torch.device,
     progress: Callable[..., None] = lambda *_, **__: None,
 ) -> BlockResult:
-    """Train the block in place; with `keep_best` it ends at its best validation loss, the start included.
+    """Train the objective's block in place; with `keep_best` it ends at its best validation loss, the start included.
 
     A non-finite loss or gradient puts the best iterate back, see `Stepper`; a block that keeps failing stays at it.
     """
     if config.epochs == 0:
-        measured = validation_loss(block, held_out, arguments, config.loss, config.batch_size, device)
+        measured = validation_loss(objective, held_out, config.batch_size, device)
         return BlockResult(before=measured, after=measured)
     steps_per_epoch = -(-len(train.inputs) // config.batch_size)
     schedule = Schedule.of(config.epochs * steps_per_epoch, min_lr_factor=config.min_lr_factor)
     run = _compiled(device, config.compile)
-    groups = _parameter_groups(block, students, config, schedule, zero_points=zero_points)
+    groups = _parameter_groups(objective.block, students, config, schedule, zero_points=zero_points)
     stepper = Stepper(groups, schedule, dtype=train.inputs.dtype, device=device, grad_clip=config.grad_clip)
 
     def validate() -> float:
-        return validation_loss(block, held_out, arguments, config.loss, config.batch_size, device)
+        return validation_loss(objective, held_out, config.batch_size, device)
 
     result = BlockResult(before=validate())
     stepper.offer(result.before)
@@ -173,12 +197,11 @@ def train_block(
     for _ in range(config.epochs):
         total = torch.zeros((), device=device)
         batches = _batches(len(train.inputs), config.batch_size, config.shuffle, generator)
-        for inputs, targets in read_batches((train.inputs, train.targets), batches, device):
+        for inputs, *targets in read_batches(train.streams, batches, device):
             stepper.begin(step)
             step += 1
             with stepper.autocast():
-                output = run(block, inputs.to(stepper.dtype), arguments)
-            loss = block_loss(output, targets, config.loss)
+                loss = objective(inputs.to(stepper.dtype), targets, run=run)
             stepper.backward(loss)
             total += torch.where(stepper.finish(loss), loss.detach(), 0)
             rate, tokens = stepper.optimizer.param_groups[0]["lr"], inputs[..., 0].numel()

@@ -82,6 +82,11 @@ class Setting:
         """Bytes of mapped checkpoint pages behind parameters that are being read in fp32."""
         return 0 if self.on_cpu and self.model.dtype == torch.float32 else parameters * self.model.dtype.itemsize
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether block-ap has a block's successor at hand."""
+        return self.recipe.block_ap.lookahead and len(self.model) > 1
+
     def streams(self, stage: str) -> list[Stream]:
         """The activation streams of a stage, in the order in which it makes them."""
         calibrate, model = self.recipe.calibrate, self.model
@@ -89,9 +94,9 @@ class Setting:
         if stage == "calibrate":
             wanted = {"inputs": min(calibrate.moment_samples, calibrate.samples)}
         elif stage == "block-ap":
-            names = ("train targets", "train inputs", "validation targets", "validation inputs")
-            counts = (calibrate.samples, calibrate.samples, calibrate.validation_samples, calibrate.validation_samples)
-            wanted = dict(zip(names, counts, strict=True))
+            kinds = ("targets", "inputs", "next block's targets")[: 3 if self.looks_ahead else 2]
+            counts = {"train": calibrate.samples, "validation": calibrate.validation_samples}
+            wanted = {f"{windows} {kind}": count for windows, count in counts.items() for kind in kinds}
         else:
             return []
         budget = self.budget()
@@ -133,10 +138,10 @@ def block_ap(s: Setting) -> list[Phase]:
     quants = model.quants[model.largest].values()
     batch = config.batch_size * seq_len * model.hidden * dtype.itemsize
     ahead = 1 if s.on_cpu and all(stream.place == "host" for stream in s.streams("block-ap")) else 1 + AHEAD
-    batches = {"batches": 2 * batch * ahead}
+    batches = {"batches": (3 if s.looks_ahead else 2) * batch * ahead}
     phases = [_first_inputs(s, inside, beside), _finish(s, inside, beside)]
     passes = model.passes("fake_quant", config.batch_size, seq_len, dtype, dtype)
-    parameters = {**inside, "block": FP32 * block}
+    parameters = {**inside, "block": FP32 * block, "next block": FP32 * block if s.looks_ahead else 0}
     if config.rounding == "gptq":
         hessians = sum(q.in_features**2 for q in quants)
         widest = max((q.in_features for q in quants), default=0)
@@ -148,7 +153,11 @@ def block_ap(s: Setting) -> list[Phase]:
         trained = block + 2 * groups_of(quants)
         # Adam's two moments; the best iterate, of which there are two while a better one is copied.
         optimizer = {"optimizer": 2 * FP32 * trained, "best iterate": 2 * FP32 * trained}
-        work = {**batches, "gradients and kept activations": passes.training}
+        kept = passes.training
+        if s.looks_ahead:  # its activations are freed before the gradients of the block itself are made
+            following = model.passes("dense", config.batch_size, seq_len, torch.float32, dtype)
+            kept = max(kept, passes.kept + following.training)
+        work = {**batches, "gradients and kept activations": kept}
         phases.append(Phase("training", {**parameters, **optimizer}, work, dict(beside)))
     else:
         phases.append(Phase("validation", parameters, {**batches, "work": passes.forward}, dict(beside)))

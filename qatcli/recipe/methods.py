@@ -25,6 +25,7 @@ def _efficientqat(bits: int) -> Preset:
         "quant": {"init": "minmax"},
         "block_ap": {
             "loss": "mse",
+            "lookahead": False,
             "rounding": "nearest",
             "lr_units": "absolute",
             "lr_weights": rate,

@@ -4,7 +4,8 @@ Reads:  calibration (token windows, initial grids) and the full-precision model,
 Writes: a packed checkpoint with fp32 scales. One file per finished block, which is all that an interrupted run keeps:
         the activations are recomputed by one forward sweep, exactly as they were.
 Targets are the full-precision block's outputs on full-precision inputs; the student receives the outputs of the
-blocks already quantized.
+blocks already quantized. With `lookahead` the full-precision model is one block ahead: what the next block makes of the
+student's output counts as well.
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ from qatcli.blockfiles import (
     read_linear,
     save_block,
 )
-from qatcli.blocktrain import BlockResult, Windows, build_student, export_students, input_hessians, train_block
+from qatcli.blocktrain import (
+    BlockResult,
+    Objective,
+    Windows,
+    build_student,
+    export_students,
+    input_hessians,
+    train_block,
+)
 from qatcli.data import load_windows
 from qatcli.errors import DivergedError
 from qatcli.models.blocks import BlockModel, open_blocks
@@ -40,12 +49,35 @@ from qatcli.stages import Job, open_model
 from qatcli.training import compute_dtype
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Streams:
-    """Hidden states [S, T, H] before the current block: full precision, and as the quantized model computes them."""
+    """Hidden states [S, T, H]: what the current block gives in full precision, what it receives from the quantized
+    model, and what the next block gives in full precision if training looks ahead."""
 
     target: Tensor
     student: Tensor
+    following: Tensor | None
+
+    def windows(self, *, ahead: bool) -> Windows:
+        return Windows(self.student, self.target, self.following if ahead else None)
+
+    def move_on(self) -> None:
+        """The next block is the current one."""
+        assert self.following is not None
+        self.target, self.following = self.following, self.target
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A full-precision block, its arguments, and the mean square of what each of its linears receives."""
+
+    module: torch.nn.Module
+    arguments: dict[str, Any]
+    moments: dict[str, Tensor]
+
+    @property
+    def runs(self) -> tuple[torch.nn.Module, dict[str, Any]]:
+        return self.module, self.arguments
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -53,27 +85,41 @@ def run(job: Job) -> dict[str, Any]:
     recipe, config, log = job.recipe, job.recipe.block_ap, job.log
     model = open_blocks(open_model(job))
     dtype = compute_dtype(config.amp, job.device)
-    windows, held_out_windows = load_windows(job.input.path)
+    tokens, held_out_tokens = (windows.tokens for windows in load_windows(job.input.path))
     cache = config.cache
     budget = stream_budget(job.device, Path(cache.dir or job.out), device_gb=cache.device_gb, host_gb=cache.host_gb)
-    train = _open_streams(job, model, "train", windows.tokens, budget, dtype)
-    held_out = _open_streams(job, model, "validation", held_out_windows.tokens, budget, dtype)
-    arguments = model.block_arguments(windows.tokens.shape[1], job.device, torch.float32)
+    train = _open_streams(job, model, "train", tokens, budget, dtype)
+    held_out = _open_streams(job, model, "validation", held_out_tokens, budget, dtype)
+    arguments = model.block_arguments(tokens.shape[1], job.device, torch.float32)
     kept = finished_blocks(job.out)
 
+    def full_precision(index: int, *, ahead: bool = False) -> _Block:
+        """Load a block and run it on its inputs: the targets become its outputs, or those of the next with `ahead`."""
+        block = model.load_block(index, job.device, torch.float32).requires_grad_(False)
+        with input_moments(block, model.block_name(index)) as moments:
+            for streams in (train, held_out):
+                into = streams.following if ahead else streams.target
+                assert into is not None
+                advance_stream(
+                    streams.target,
+                    block,
+                    arguments[index],
+                    batch_size=config.batch_size,
+                    device=job.device,
+                    into=into,
+                )
+                _check_range(into, model.block_name(index))
+        return _Block(block, arguments[index], moments)
+
     with log.progress("block-ap", len(model)) as bar:
+        block = full_precision(0)
         for index in range(len(model)):
+            last = index + 1 == len(model)
+            following = full_precision(index + 1, ahead=True) if config.lookahead and not last else None
             quants = block_quants(model, index, recipe.quant)
-            # The full-precision stream moves on first: its new state is this block's target.
-            block = model.load_block(index, job.device, torch.float32)
-            with input_moments(block, model.block_name(index)) as moments:
-                for streams in (train, held_out):
-                    advance_stream(
-                        streams.target, block, arguments[index], batch_size=config.batch_size, device=job.device
-                    )
-                    _check_range(streams.target, model.block_name(index))
             if index not in kept:
-                result = _train(job, model, index, block, quants, train, held_out, arguments[index], moments, bar)
+                seen, unseen = (streams.windows(ahead=following is not None) for streams in (train, held_out))
+                result = _train(job, model, index, block, following, quants, seen, unseen, bar)
                 detail = f"loss {result['before']:.4g} -> {result['after']:.4g}"
             else:
                 detail = "kept from the interrupted run"
@@ -83,6 +129,12 @@ def run(job: Job) -> dict[str, Any]:
                 advance_stream(
                     streams.student, quantized, arguments[index], batch_size=config.batch_size, device=job.device
                 )
+            if following is not None:
+                train.move_on()
+                held_out.move_on()
+                block = following
+            elif not last:
+                block = full_precision(index + 1)
             bar.advance(detail=detail, reused=index in kept)
     finish(job.out, model, recipe.quant)
     return _metrics(job)
@@ -101,12 +153,11 @@ def _train(
     job: Job,
     model: BlockModel,
     index: int,
-    block: torch.nn.Module,
+    block: _Block,
+    following: _Block | None,
     quants: dict[str, ModuleQuant],
-    train: _Streams,
-    held_out: _Streams,
-    arguments: dict[str, Any],
-    moments: dict[str, Tensor],
+    train: Windows,
+    held_out: Windows,
     bar: Bar,
 ) -> dict[str, Any]:
     """Train and save block `index`; the event that log.jsonl keeps about it."""
@@ -120,26 +171,27 @@ def _train(
         grids[name] = (scale.to(job.device), zero_point.float().to(job.device))
     hessians = None
     if config.rounding == "gptq":
-        sample = train.student[: recipe.calibrate.moment_samples or len(train.student)]
-        hessians = input_hessians(block, prefix, list(quants), sample, arguments, job.device)
-    students = build_student(block, prefix, quants, grids, zero_points=recipe.quant.zero_points, hessians=hessians)
+        sample = train.inputs[: recipe.calibrate.moment_samples or len(train.inputs)]
+        hessians = input_hessians(block.module, prefix, list(quants), sample, block.arguments, job.device)
+    students = build_student(
+        block.module, prefix, quants, grids, zero_points=recipe.quant.zero_points, hessians=hessians
+    )
     result: BlockResult = train_block(
-        block,
+        Objective(block.module, block.arguments, config.loss, None if following is None else following.runs),
         students,
-        Windows(train.student, train.target),
-        Windows(held_out.student, held_out.target),
-        arguments,
+        train,
+        held_out,
         config,
         zero_points=recipe.quant.zero_points,
         generator=torch.Generator().manual_seed(recipe.calibrate.seed * 1_000_003 + index),
         device=job.device,
         progress=bar.note,
     )
-    state = block.state_dict()  # with the buffers that the checkpoint keeps
+    state = block.module.state_dict()  # with the buffers that the checkpoint keeps
     others = {f"{prefix}.{n}": t for n, t in state.items() if f"{prefix}.{n.rpartition('.')[0]}" not in quants}
     trained = export_students(students)
-    # Against the weights as they were: those of `block` are the trained ones now.
-    errors = weight_errors(model.load_block(index, job.device, torch.float32), prefix, trained, moments)
+    # Against the weights as they were: those of the block are the trained ones now.
+    errors = weight_errors(model.load_block(index, job.device, torch.float32), prefix, trained, block.moments)
     seconds = round(time.monotonic() - started, 3)
     event = {**asdict(result), "relative_error": errors, "seconds": seconds}
     save_block(job.out, index, trained, others, log=job.log, event=event)
@@ -155,9 +207,11 @@ def _open_streams(
     shape = (*windows.shape, hidden)
     target = budget.allocate(f"{name}-target", shape, dtype)
     student = budget.allocate(f"{name}-student", shape, dtype)
+    ahead = job.recipe.block_ap.lookahead and len(model) > 1
+    following = budget.allocate(f"{name}-following", shape, dtype) if ahead else None
     fill_stream(target, model, windows, job.device, dtype)
     student.copy_(target)
-    return _Streams(target, student)
+    return _Streams(target, student, following)
 
 
 def _metrics(job: Job) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qatcli.blocktrain import (
     BlockResult,
+    Objective,
     Windows,
     block_loss,
     build_student,
@@ -59,6 +60,7 @@ class Setting:
         self.train = make_windows(16, self.block)
         self.held_out = make_windows(6, self.block)
         self.zero_points = zero_points
+        self.following: tuple[nn.Module, dict[str, Any]] | None = None
         quants = {
             f"{PREFIX}.up": ModuleQuant(2, 16, HIDDEN, INNER),
             f"{PREFIX}.down": ModuleQuant(2, 16, INNER, HIDDEN),
@@ -72,11 +74,10 @@ class Setting:
     def run(self, *, seed: int = 0, **config: Any) -> BlockResult:
         settings = {"epochs": 3, "batch_size": 4, "amp": "float32", **config}
         return train_block(
-            self.block,
+            Objective(self.block, {}, settings.get("loss", "relative"), self.following),
             self.students,
             self.train,
             self.held_out,
-            {},
             BlockApSection(**settings),
             zero_points=self.zero_points,
             generator=torch.Generator().manual_seed(seed),
@@ -106,6 +107,36 @@ def test_training_lowers_the_loss(kind: str, zero_points: ZeroPoints) -> None:
     assert len(result.epochs) == len(result.validation) == 6
     assert result.epochs[-1] < result.epochs[0]
     assert result.backoffs == 0
+
+
+def test_looking_ahead_lowers_the_error_after_the_next_block() -> None:
+    """The error counts after the next block, too, which is not trained; a channel it ignores is left alone there."""
+    after_next = {}
+    for ahead in (False, True):
+        setting = Setting()
+        following = Block().requires_grad_(False)
+        following.norm.weight[: HIDDEN // 2] = 0
+        arguments = {"scale": 8.0}
+        windows = {}
+        for name in ("train", "held_out"):
+            given: Windows = getattr(setting, name)
+            windows[name] = Windows(given.inputs, given.targets, following(given.targets, **arguments))
+        if ahead:
+            setting.train, setting.held_out = windows["train"], windows["held_out"]
+            setting.following = following, arguments
+        frozen = {name: tensor.clone() for name, tensor in following.state_dict().items()}
+        result = setting.run(epochs=6)
+        assert all(torch.equal(tensor, frozen[name]) for name, tensor in following.state_dict().items())
+        assert all(parameter.grad is None for parameter in following.parameters())
+        with torch.no_grad():
+            output = setting.block(setting.held_out.inputs)
+            later, target = following(output, **arguments), windows["held_out"].following
+            assert target is not None
+            after_next[ahead] = float(block_loss(later, target, "relative"))
+            own = float(block_loss(output, setting.held_out.targets, "relative"))
+        expected = (own + after_next[ahead]) / 2 if ahead else own
+        assert result.after == pytest.approx(expected, rel=1e-4)
+    assert after_next[True] < after_next[False]
 
 
 def test_what_is_exported_is_what_was_trained() -> None:
@@ -316,7 +347,7 @@ def test_losses_are_the_formulas_in_fp32() -> None:
 @pytest.mark.parametrize("batch_size", [1, 4, 6])
 def test_validation_is_the_mean_over_windows_whatever_the_batch(batch_size: int) -> None:
     setting = Setting()
-    loss = validation_loss(setting.block, setting.held_out, {}, "relative", batch_size, CPU)
+    loss = validation_loss(Objective(setting.block, {}, "relative"), setting.held_out, batch_size, CPU)
     assert loss == pytest.approx(setting.loss(), rel=1e-5)
 
 
@@ -383,5 +414,5 @@ def test_error_feedback_starts_closer_than_rounding_to_nearest() -> None:
         grids = {f"{PREFIX}.up": initial_grid(block.up.weight, bits=2, group_size=16, zero_points="any", method="mse")}
         hessians = input_hessians(block, PREFIX, list(quants), inputs, {}, CPU) if feedback else None
         build_student(block, PREFIX, quants, grids, zero_points="any", hessians=hessians)
-        losses.append(validation_loss(block, windows, {}, "mse", 8, CPU))
+        losses.append(validation_loss(Objective(block, {}, "mse"), windows, 8, CPU))
     assert losses[1] < 0.9 * losses[0]
