@@ -13,8 +13,11 @@ from torch import Tensor
 from qat_kernels import reference, triton_dequantize, triton_gemv, triton_matmul, triton_scale_grad, tuning
 from qat_kernels.interleave import interleave
 
-DENSE_ELEMENTS = 2**24
-"""Elements of a dense weight alive at a time: 32 MiB in bf16."""
+DENSE_ELEMENTS = 2**25
+"""Elements of a dense weight alive at a time: 64 MiB in bf16."""
+
+DENSE_ROWS = 256
+"""Blocks of rows are a multiple of this, the side of cuBLAS's largest tiles, which also aligns each block's output."""
 
 
 def prepare(packed: Tensor, *, bits: int, group_size: int, in_features: int) -> Tensor | None:
@@ -90,7 +93,7 @@ def _dense_matmul(
     """x W^T with blocks of rows of W."""
     (count, in_features), out_features = x.shape, packed.shape[0]
     out = torch.empty(count, out_features, dtype=x.dtype, device=x.device)
-    block = max(1, DENSE_ELEMENTS // in_features)
+    block = _even(out_features, max(1, DENSE_ELEMENTS // in_features), DENSE_ROWS)
     for start in range(0, out_features, block):
         rows = slice(start, start + block)
         weight = triton_dequantize.dequantize(
@@ -120,7 +123,7 @@ def _dense_input_grad(
     count, out_features = grad_out.shape
     out = torch.empty(count, in_features, dtype=grad_out.dtype, device=grad_out.device)
     whole = 32 if group_size == -1 else math.lcm(32, group_size)
-    block = max(1, DENSE_ELEMENTS // (out_features * whole)) * whole
+    block = _even(in_features, max(1, DENSE_ELEMENTS // (out_features * whole)) * whole, whole)
     for start in range(0, in_features, block):
         columns = slice(start, min(start + block, in_features))
         words = slice(start * bits // 32, -(-columns.stop * bits // 32))
@@ -136,3 +139,11 @@ def _dense_input_grad(
         )
         torch.mm(grad_out, weight, out=out[:, columns])
     return out
+
+
+def _even(length: int, longest: int, step: int) -> int:
+    """The length of blocks, at most longest, that leaves none much shorter: a multiple of step where one fits."""
+    if longest < step:
+        return longest
+    blocks = -(-length // (longest // step * step))
+    return -(-length // (blocks * step)) * step
