@@ -123,13 +123,14 @@ def main(
     rows: list[Row] = []
     for text in shape:
         out_features, in_features = map(int, text.split("x"))
+        measured = len(rows)
         case = Case(out_features, in_features, group_size, peaks, rows, rounds, repeats)
         case.fake_quant(bits[0])
         for width in bits:
             case.linear(width, batch)
+        if csv_file is not None:
+            _append(csv_file, rows[measured:], name, peaks)
     _targets(rows)
-    if csv_file is not None:
-        _append(csv_file, rows, name, peaks)
 
 
 class Case:
@@ -315,11 +316,9 @@ def _targets(rows: list[Row]) -> None:
 
 def _append(path: Path, rows: list[Row], device: str, peaks: Peaks) -> None:
     """Add the rows to a CSV file, with what they were measured on."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     head = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": done.stdout.strip() or "unknown",
+        "commit": _commit(),
         "device": device,
         "torch": torch.__version__,
         "copy_gb_s": round(peaks.copy / 1e9, 1),
@@ -333,6 +332,15 @@ def _append(path: Path, rows: list[Row], device: str, peaks: Peaks) -> None:
         for row in rows:
             values = {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(row).items()}
             writer.writerow(head | values)
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no git here
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def _short(dtype: torch.dtype) -> str:
