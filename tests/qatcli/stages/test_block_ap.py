@@ -1,0 +1,105 @@
+"""block-ap: which hidden states a block is measured against, with and without a look at the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qatcli.data import load_windows, save_windows
+from qatcli.data.windows import WindowSet
+from qatcli.directory import StageDirectory
+from qatcli.recipe import Recipe
+from qatcli.runlog import RunLog
+from qatcli.stages import Job, block_ap, calibrate
+
+SEQ_LEN, VOCABULARY = 12, 61
+
+
+@pytest.fixture
+def stages(random_llama: Path, tmp_path: Path) -> Callable[..., tuple[Job, dict[str, Any]]]:
+    """A function that calibrates on random windows and runs block-ap: (**block_ap) -> its job and its metrics."""
+
+    def chain(**section: Any) -> tuple[Job, dict[str, Any]]:
+        recipe = Recipe.model_validate(
+            {
+                "model": {"source": str(random_llama)},
+                "quant": {"bits": 2, "group_size": 16},
+                "calibrate": {"data": [{"source": "./not-read.txt"}], "samples": 8, "validation_samples": 4}
+                | {"seq_len": SEQ_LEN, "moment_samples": 4},
+                "block_ap": {"epochs": 0, "batch_size": 4, "amp": "float32", **section},
+            }
+        )
+        generator = torch.Generator().manual_seed(5)
+        train, held_out = (
+            torch.randint(0, VOCABULARY, (count, SEQ_LEN), generator=generator, dtype=torch.int32) for count in (8, 4)
+        )
+        first, second = tmp_path / "calibrate", tmp_path / "block-ap"
+        for out in (first, second):
+            out.mkdir()
+        logs = [RunLog(out / "log.jsonl", verbosity=-1) for out in (first, second)]
+        save_windows(first, WindowSet(train, held_out, None, None, "", {}))
+        calibrate.run(Job(recipe, None, first, tmp_path, logs[0], torch.device("cpu")))
+        job = Job(recipe, StageDirectory(first, {"kind": "calibration"}), second, tmp_path, logs[1], torch.device("cpu"))
+        return job, block_ap.run(job)
+
+    return chain
+
+
+def outputs(model: Any, tokens: Tensor, replaced: dict[int, Tensor] | None = None) -> list[Tensor]:
+    """What every block gives for tokens; a block in `replaced` receives that instead of its predecessor's output."""
+    found: list[Tensor] = []
+
+    def replace(index: int) -> Callable[..., Any]:
+        return lambda module, args: ((replaced or {}).get(index, args[0]), *args[1:])
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_pre_hook(replace(i)) for i, block in enumerate(model.model.layers)]
+    handles += [block.register_forward_hook(keep) for block in model.model.layers]
+    with torch.no_grad():
+        model(input_ids=tokens.long(), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def relative_error(output: Tensor, target: Tensor) -> float:
+    return float(((output - target).square().mean(-1) / target.square().mean(-1)).mean())
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_what_blocks_are_measured_against(
+    stages: Callable[..., tuple[Job, dict[str, Any]]], random_llama: Path, lookahead: bool
+) -> None:
+    job, metrics = stages(lookahead=lookahead)
+    _, held_out = load_windows(job.input.path)
+    model = AutoModelForCausalLM.from_pretrained(random_llama, dtype=torch.float32).eval()
+    quantized = AutoModelForCausalLM.from_pretrained(job.out, dtype=torch.float32).eval()
+    targets, students = outputs(model, held_out.tokens), outputs(quantized, held_out.tokens)
+    expected = []
+    for index, (student, target) in enumerate(zip(students, targets, strict=True)):
+        error = relative_error(student, target)
+        if lookahead and index + 1 < len(targets):
+            after_next = outputs(model, held_out.tokens, {index + 1: student})[index + 1]
+            error = (error + relative_error(after_next, targets[index + 1])) / 2
+        expected.append(error)
+    assert [block["before"] for block in metrics["blocks"]] == pytest.approx(expected, rel=1e-4)
+
+
+def test_looking_ahead_resumes_to_the_bit(stages: Callable[..., tuple[Job, dict[str, Any]]]) -> None:
+    job, metrics = stages(lookahead=True, epochs=1)
+    first, last = (job.out / f"model-block-{index:04}.safetensors" for index in (0, 2))
+    kept, made = first.read_bytes(), last.read_bytes()
+    for index in (1, 2):
+        (job.out / f"model-block-{index:04}.safetensors").unlink()
+    again = block_ap.run(job)
+    assert first.read_bytes() == kept
+    assert last.read_bytes() == made
+    assert [block["after"] for block in again["blocks"]] == [block["after"] for block in metrics["blocks"]]
