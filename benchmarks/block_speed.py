@@ -9,7 +9,7 @@ published one, re-expressed here, under bf16 autocast (fp16 on a GPU, as publish
 products alone, which nothing can beat without other arithmetic. Medians of wall-clock and of CPU seconds: on a shared
 machine the latter are steadier. `--full` (default on a GPU) runs whole epochs and prints tokens per second, model FLOP
 utilisation, peak memory and the extrapolated hours of the paper's budget, which took 3.3 h (Block-AP) and 1.5 h
-(E2E-QP) on an A100-80GB (arXiv 2407.11062, Table 8).
+(E2E-QP) on an A100-80GB (arXiv 2407.11062, Table 8). The next block is not looked at (`block_ap.lookahead`).
 """
 
 from __future__ import annotations
