@@ -1,7 +1,7 @@
 """Activation streams: hidden states [samples, seq_len, hidden] on the device, in host memory, or in mapped files.
 
-Block-AP keeps two streams (full-precision targets, quantized inputs). For the paper's budget at hidden size 4096
-each takes 64 GiB, so where they live is decided here and nowhere else: a stream is an ordinary tensor either way.
+Block-AP keeps a stream of inputs and one or two of targets. For the paper's budget at hidden size 4096 each takes
+64 GiB, so where they live is decided here and nowhere else: a stream is an ordinary tensor either way.
 
     for inputs, targets in read_batches((student, target), batches, device): ...      # rows, ahead of their use
     with write_back(stream, device) as write: write(start, hidden)                    # rows, behind their making
