@@ -110,7 +110,7 @@ def test_what_does_not_change_the_result_may_change_on_a_resume(chain: Chain) ->
     reserved = {"under": str(chain.folder / "files"), "trace": str(chain.folder / "files.json")}
     done = chain.launch([*chain.command("block-ap", run), *elsewhere], reserved)
     assert done.code == 0, done.stderr
-    assert json.loads(Path(reserved["trace"]).read_text())["open"] == 4, "two streams of each set of windows"
+    assert json.loads(Path(reserved["trace"]).read_text())["open"] == 6, "three streams of each set of windows"
     assert list((chain.folder / "files").iterdir()) == []
     assert chain.compare("block-ap", run) == []
 
