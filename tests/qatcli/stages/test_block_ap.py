@@ -45,7 +45,8 @@ def stages(random_llama: Path, tmp_path: Path) -> Callable[..., tuple[Job, dict[
         logs = [RunLog(out / "log.jsonl", verbosity=-1) for out in (first, second)]
         save_windows(first, WindowSet(train, held_out, None, None, "", {}))
         calibrate.run(Job(recipe, None, first, tmp_path, logs[0], torch.device("cpu")))
-        job = Job(recipe, StageDirectory(first, {"kind": "calibration"}), second, tmp_path, logs[1], torch.device("cpu"))
+        source = StageDirectory(first, {"kind": "calibration"})
+        job = Job(recipe, source, second, tmp_path, logs[1], torch.device("cpu"))
         return job, block_ap.run(job)
 
     return chain
