@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qat_kernels.bitstream import unpack
+from qat_kernels import bitstream
 
 BLOCK = 64
 """Columns per block."""
@@ -35,8 +35,8 @@ ROWS_AT_A_TIME = 256
 
 
 def words_per_row(in_features: int, bits: int) -> int:
-    """int32 words of a row."""
-    return -(-in_features // BLOCK) * BLOCK * bits // 32
+    """int32 words of a row, its last block filled up."""
+    return bitstream.words_per_row(-(-in_features // BLOCK) * BLOCK, bits)
 
 
 def interleave(packed: Tensor, *, bits: int, in_features: int) -> Tensor:
@@ -45,7 +45,7 @@ def interleave(packed: Tensor, *, bits: int, in_features: int) -> Tensor:
     words = torch.empty(rows, words_per_row(in_features, bits), dtype=torch.int32, device=packed.device)
     for start in range(0, rows, ROWS_AT_A_TIME):
         part = slice(start, start + ROWS_AT_A_TIME)
-        words[part] = _words(unpack(packed[part], bits=bits, length=in_features), bits)
+        words[part] = _words(bitstream.unpack(packed[part], bits=bits, length=in_features), bits)
     return words
 
 

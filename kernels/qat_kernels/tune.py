@@ -64,7 +64,7 @@ class Problem:
     """Random weights of one shape, as many as it takes to leave the cache, and every kernel on them."""
 
     def __init__(self, device: torch.device, bits: int, n: int, k: int, *, copies: int | None = None) -> None:
-        self.device, self.n, self.k = device, n, k
+        self.device, self.bits, self.n, self.k = device, bits, n, k
         self.grid: dict[str, Any] = {"bits": bits, "group_size": GROUP_SIZE}
         shape = (n, bitstream.words_per_row(k, bits))
         numbers = torch.randint(-(2**31), 2**31 - 1, shape, device=device, dtype=torch.int64).to(torch.int32)
@@ -76,11 +76,11 @@ class Problem:
         self._batches: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __str__(self) -> str:
-        return f"{self.grid['bits']} bits {self.n}x{self.k}"
+        return f"{self.bits} bits {self.n}x{self.k}"
 
     def candidates(self, kernel: str, m: int) -> list[Settings]:
         """What is worth timing for m rows of activations."""
-        return candidates(kernel, bits=self.grid["bits"], m=m, n=self.n, k=self.k)
+        return candidates(kernel, bits=self.bits, m=m, n=self.n, k=self.k)
 
     def calls(self, kernel: str, m: int, use: Settings) -> list[Call]:
         """The kernel on every weight with m rows of activations or gradients; fake_quant has one weight of its own."""
@@ -143,11 +143,10 @@ class Tuning:
 
     def measure(self, problem: Problem) -> None:
         """Find the settings of every kernel for this weight, and time the kernels against each other with them."""
-        best: dict[str, dict[int, Settings]] = {}
+        measured = set()
         for kernel in self.kernels:
-            if kernel in FAKE_QUANT and problem.grid["bits"] != self.widths[0]:
+            if kernel in FAKE_QUANT and problem.bits != self.widths[0]:
                 continue  # the width is a number in its arithmetic
-            best[kernel] = {}
             for m in BATCHES[kernel]:
                 try:
                     use, seconds = _fastest(problem, kernel, m)
@@ -155,21 +154,24 @@ class Tuning:
                     self.failed = True
                     print(f"{kernel} {problem}, {m} rows: {error}", file=sys.stderr)
                     continue
-                best[kernel][m] = use
-                bits = {} if kernel in FAKE_QUANT else {"bits": [problem.grid["bits"]]}
+                measured.add(kernel)
+                bits = {} if kernel in FAKE_QUANT else {"bits": [problem.bits]}
                 rule = {**bits, "n": problem.n, "k": problem.k, "use": use, "us": round(seconds * 1e6, 2)}
                 self._rules[kernel][m].append(rule)
         for operation, kernels in ROUTES.items():
-            if all(best.get(kernel) for kernel in kernels):
-                self._compare(problem, operation, {kernel: best[kernel] for kernel in kernels})
+            if measured.issuperset(kernels):
+                self._compare(problem, operation, kernels)
 
-    def _compare(self, problem: Problem, operation: str, best: dict[str, dict[int, Settings]]) -> None:
+    def _compare(self, problem: Problem, operation: str, kernels: Sequence[str]) -> None:
+        """Time the kernels of an operation, and the dense way, with the settings that the file will name."""
+        settings = {kernel: self._settings(kernel) for kernel in kernels}
+        found = tuning.Table(Path(self.name), (self.name,), True, {}, settings)
         for m in CROSSOVERS:
-            times = {}
-            for kernel in [*best, f"dense {operation}"]:
-                found = best.get(kernel, {0: {}})
-                use = next((found[limit] for limit in sorted(found) if m <= limit), found[max(found)])
-                times[kernel] = timing.seconds(problem.device, problem.calls(kernel, m, use), repeats=REPEATS)
+            uses = {kernel: found.pick(kernel, bits=problem.bits, m=m, n=problem.n, k=problem.k) for kernel in kernels}
+            times = {
+                kernel: timing.seconds(problem.device, problem.calls(kernel, m, use), repeats=REPEATS)
+                for kernel, use in {**uses, f"dense {operation}": {}}.items()
+            }
             self._times.setdefault((operation, m), []).append(times)
 
     def table(self) -> dict[str, Any]:

@@ -59,8 +59,8 @@ def work(s: Setting) -> dict[str, Work]:
     search = SEARCH_PASSES * FP32 * inside
     moments = min(calibrate.moment_samples, calibrate.samples)
     train, held_out = calibrate.samples, calibrate.validation_samples
-    step, pass_ = (5, 2) if s.looks_ahead else (3, 1)  # forward and both gradients; of a next block no weights'
-    sweeps = 2 * (train + held_out) + step * block.epochs * train + pass_ * (block.epochs + 1) * held_out
+    step, check = (5, 2) if s.looks_ahead else (3, 1)  # forward and both gradients; of a next block no weights'
+    sweeps = 2 * (train + held_out) + step * block.epochs * train + check * (block.epochs + 1) * held_out
     blocks = _forward(model, inside, sweeps, calibrate.seq_len)
     if block.rounding == "gptq":
         blocks += _forward(model, inside, moments, calibrate.seq_len)

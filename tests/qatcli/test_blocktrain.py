@@ -110,7 +110,7 @@ def test_training_lowers_the_loss(kind: str, zero_points: ZeroPoints) -> None:
 
 
 def test_looking_ahead_lowers_the_error_after_the_next_block() -> None:
-    """The error counts after the next block, too, which is not trained; a channel it ignores is left alone there."""
+    """Half of the loss is the error after the next block, whose weights stay as they are."""
     after_next = {}
     for ahead in (False, True):
         setting = Setting()
