@@ -66,7 +66,10 @@ def open_stage(path: Path, *, kinds: tuple[str, ...] = ()) -> StageDirectory:
             raise InputError(
                 f"{path} is not finished", hint=f"run `qat {path.name}` again: it continues where it stopped"
             )
-        raise InputError(f"{path} is not a stage directory: it has no {STAGE_FILE}")
+        raise InputError(
+            f"{path} is not a stage directory: it has no {STAGE_FILE}",
+            hint="a stage stands in its run's directory, as runs/smollm2/w3g64/pack",
+        )
     facts = read_json(file_inside(path, STAGE_FILE))
     if facts.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
         raise InputError(f"{path} has format version {facts['format_version']}; this qat reads {FORMAT_VERSION}")
