@@ -33,6 +33,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from qatcli.activations import advance_stream, fill_stream
+from qatcli.attention import NAME as TILED_ATTENTION
 from qatcli.blocktrain import Objective, Windows, build_student, export_students, train_block
 from qatcli.grid import initial_grid
 from qatcli.linear import PackedLinear, replace_modules
@@ -63,6 +64,8 @@ class Setting:
     def student(self) -> tuple[nn.Module, dict[str, Any]]:
         """A copy whose linears train through fake quantization, and these linears."""
         block = copy.deepcopy(self.block)
+        if not ON_GPU:
+            block.self_attn.config._attn_implementation = TILED_ATTENTION  # as `use_tiled_attention` for a whole model
         quants, grids = {}, {}
         for name, linear in _linears(block).items():
             full = f"{PREFIX}.{name}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat_kernels import dequantize, fake_quant, prepare, quantize, quantized_matmul
 from qatcli.packed import ModuleQuant, QuantizedLinear, unpack_zero_point
+from qatcli.training import active_dtype
 
 FEW_ROWS = 16
 """Rows of x up to which a prepared weight can be faster than the packed one."""
@@ -34,7 +35,7 @@ class FakeQuantLinear(nn.Module):
         self.group_size = group_size
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = _autocast_dtype(x) or self.weight.dtype
+        dtype = active_dtype(self.weight)
         weight = fake_quant(
             self.weight, self.scale, self.zero_point, bits=self.bits, group_size=self.group_size, out_dtype=dtype
         )
@@ -103,7 +104,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return quantized_matmul(
-            x.to(_autocast_dtype(x) or x.dtype),
+            x.to(active_dtype(x)),
             self.weight_packed,
             self.weight_scale,
             self.zero_point,
@@ -146,12 +147,6 @@ def dense_linears(root: nn.Module, dtype: torch.dtype) -> None:
         if module.bias is not None:
             linear.register_parameter("bias", module.bias)
         setattr(root.get_submodule(parent), leaf, linear)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The compute dtype of an enclosing autocast, or None."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _words(values: int, bits: int) -> int:

@@ -21,34 +21,37 @@ def token_loss(student: Tensor, teacher: Tensor | None, tokens: Tensor, mask: Te
 
     Logits [B, T, V]; position t predicts token t + 1, which counts when its mask is true.
     """
-    keep = mask[:, 1:]
-    predicted = student[:, :-1][keep]
+    counted = F.pad(mask[:, 1:], (0, 1)).flatten().nonzero().flatten()  # the last position predicts nothing
+    predicted = student.flatten(0, 1)
     if teacher is None:
-        return F.cross_entropy(predicted.float(), tokens[:, 1:][keep], reduction="sum")
-    loss: Tensor = _Divergence.apply(predicted, teacher[:, :-1][keep])
+        targets = tokens.roll(-1, 1).flatten()
+        return F.cross_entropy(predicted[counted].float(), targets[counted], reduction="sum")
+    loss: Tensor = _Divergence.apply(predicted, teacher.flatten(0, 1), counted)
     return loss
 
 
 class _Divergence(torch.autograd.Function):
-    """Sum over rows of KL(softmax(teacher) || softmax(student)); gradient softmax(student) - softmax(teacher)."""
+    """Sum over the rows `counted` of KL(softmax(teacher) || softmax(student)).
+
+    The gradient of a row is softmax(student) - softmax(teacher).
+    """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
+        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        for start in range(0, len(student), ROWS):
-            rows = slice(start, start + ROWS)
-            ours = F.log_softmax(student[rows].float(), dim=-1)
-            theirs = F.log_softmax(teacher[rows].float(), dim=-1)
+        for rows in counted.split(ROWS):
+            ours = F.log_softmax(student.index_select(0, rows).float(), dim=-1)
+            theirs = F.log_softmax(teacher.index_select(0, rows).float(), dim=-1)
             target = theirs.exp()
             total += torch.sum(theirs.sub_(ours).mul_(target))
             if gradient is not None:
-                gradient[rows] = ours.exp_().sub_(target)
+                gradient.index_copy_(0, rows, ours.exp_().sub_(target).to(gradient.dtype))
         ctx.save_for_backward(gradient)
         return total.float()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_out.to(gradient.dtype), None
+        return gradient * grad_out.to(gradient.dtype), None, None

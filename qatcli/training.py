@@ -98,6 +98,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype)
 
 
+def active_dtype(x: Tensor) -> torch.dtype:
+    """The compute dtype of an enclosing autocast, else that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def compute_dtype(amp: str, device: torch.device) -> torch.dtype:
     """bf16 where the hardware has it, else fp32; or what the recipe says."""
     if amp != "auto":

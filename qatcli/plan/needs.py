@@ -180,8 +180,8 @@ def e2e_qp(s: Setting) -> list[Phase]:
     else:
         kept = (len(model) - 1) * passes.kept + passes.training
     logits = rows * model.vocabulary * dtype.itemsize
-    # The student's logits, those that count, and their gradient; the same two of a teacher; without one, in fp32.
-    copies = 5 * logits if teacher else 2 * logits + 3 * rows * model.vocabulary * FP32
+    # The student's logits, the teacher's and their gradient; without a teacher, those that count, in fp32.
+    copies = 3 * logits if teacher else 2 * logits + 3 * rows * model.vocabulary * FP32
     head = model.vocabulary * model.hidden * dtype.itemsize if dtype != torch.float32 else 0
     loading = {"mapped checkpoint": model.total * model.dtype.itemsize if teacher else 0, "tokenizer": TOKENIZER}
     # Of the scales: gradients, Adam's moments, the best state.

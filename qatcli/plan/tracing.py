@@ -26,7 +26,7 @@ from qat_kernels.autograd import FakeQuant, QuantizedMatmul
 from qat_kernels.dispatch import REFERENCE
 from qatcli.models.blocks import run_block
 from qatcli.packed import ModuleQuant
-from qatcli.training import autocast
+from qatcli.training import active_dtype, autocast
 
 CPU = torch.device("cpu")
 
@@ -119,8 +119,7 @@ class TracedFakeQuantLinear(nn.Module):
         self.bias, self.quant = linear.bias, quant
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
-        quant, grid = self.quant, (self.scale, self.zero_point)
+        quant, grid, dtype = self.quant, (self.scale, self.zero_point), active_dtype(self.weight)
         return F.linear(x, FakeQuant.apply(self.weight, *grid, quant.bits, quant.group_size, dtype, SHAPES), self.bias)
 
 
@@ -136,7 +135,7 @@ class TracedPackedLinear(nn.Module):
         self.bias, self.quant = linear.bias, quant
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+        x = x.to(active_dtype(x))
         grid = (self.packed, self.scale, self.zero_point)
         x_MK = x.reshape(-1, x.shape[-1])
         y: Tensor = QuantizedMatmul.apply(x_MK, *grid, self.quant.bits, self.quant.group_size, SHAPES)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qatcli.activations import StreamBudget, advance_stream, fill_stream, stream_budget
+from qatcli.attention import use_tiled_attention
 from qatcli.blockfiles import (
     block_events,
     block_file,
@@ -84,6 +85,7 @@ def run(job: Job) -> dict[str, Any]:
     """Train and save every block that is not there yet."""
     recipe, config, log = job.recipe, job.recipe.block_ap, job.log
     model = open_blocks(open_model(job))
+    use_tiled_attention(model.skeleton, job.device)
     dtype = compute_dtype(config.amp, job.device)
     tokens, held_out_tokens = (windows.tokens for windows in load_windows(job.input.path))
     cache = config.cache

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qat_kernels import quantize
 from qatcli.activations import SWEEP_BATCH, advance_stream, fill_stream, stream_budget
+from qatcli.attention import use_tiled_attention
 from qatcli.blockfiles import block_quants, finish, finished_blocks, save_block
 from qatcli.data import check_source, load_windows, sample_windows, save_windows
 from qatcli.data.store import FILE as WINDOWS
@@ -40,6 +41,7 @@ def run(job: Job) -> dict[str, Any]:
     config = recipe.calibrate
     source = open_model(job)
     model = open_blocks(source)
+    use_tiled_attention(model.skeleton, job.device)
     quants = [block_quants(model, index, recipe.quant) for index in range(len(model))]
     check_group_sizes(recipe, {name: q.in_features for block in quants for name, q in block.items()})
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qatcli.attention import use_tiled_attention
 from qatcli.data import Windows, load_windows, sample_windows, save_windows
 from qatcli.data.store import FILE as WINDOWS
 from qatcli.errors import DivergedError
@@ -52,6 +53,8 @@ def run(job: Job) -> dict[str, Any]:
     teacher = None
     if config.loss == "kl":
         teacher = open_model(job).load_model(dtype, job.device)
+    for model in filter(None, (student, teacher)):
+        use_tiled_attention(model, job.device)
     trained = trained_parameters(student, config)
     trainer = _Trainer(student, teacher, trained, config, held_out, dtype, job)
     metrics = trainer.train(train)
