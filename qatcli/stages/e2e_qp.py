@@ -2,8 +2,9 @@
 
 Reads:  quantized (a packed checkpoint with fp32 scales); windows are sampled here, so any packed checkpoint will do.
 Writes: quantized, with new scales (and norms, if the recipe trains them); codes and zero points bit for bit the same.
-With `loss: kl` the full-precision model's next-token distribution is the target, computed beside the student;
-with `next-token` the text is. An interrupted run continues from the last optimizer checkpoint, bit for bit.
+With `loss: kl` the full-precision model's next-token distribution is the target, computed beside the student, with
+`kl+hidden` its hidden states as well; with `next-token` the text is. An interrupted run continues from the last
+optimizer checkpoint, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from qatcli.data.store import FILE as WINDOWS
 from qatcli.errors import DivergedError
 from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear
-from qatcli.losses import token_loss
+from qatcli.losses import HIDDEN_WEIGHT, hidden_error, token_loss
 from qatcli.memory import release_memory
 from qatcli.models.source import load_tokenizer
 from qatcli.packed import SCALE, PackedCheckpoint, write_config
@@ -31,7 +32,14 @@ from qatcli.recipe.schema import E2eQpSection
 from qatcli.shards import INDEX, load_state, load_tensors, save_state, save_tensors
 from qatcli.stages import Job, open_model
 from qatcli.stepper import Stepper
-from qatcli.training import Schedule, autocast, compute_dtype, parameter_group, scale_unit
+from qatcli.training import (
+    Schedule,
+    autocast,
+    compute_dtype,
+    parameter_group,
+    recompute_activations,
+    scale_unit,
+)
 
 STATE = "resume.safetensors"  # removed once the stage is committed
 
@@ -46,12 +54,9 @@ def run(job: Job) -> dict[str, Any]:
     student = load_packed(job.input.path, dtype=torch.float32, device=job.device, trust_remote_code=trust)
     student.config.use_cache = False
     if config.gradient_checkpointing:
-        # The first name is transformers 5.23's, the second that of the releases before it.
-        name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
-        enable = getattr(student, f"{name}_checkpointing_enable")
-        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+        recompute_activations(student)
     teacher = None
-    if config.loss == "kl":
+    if config.loss != "next-token":
         teacher = open_model(job).load_model(dtype, job.device)
     for model in filter(None, (student, teacher)):
         use_tiled_attention(model, job.device)
@@ -104,7 +109,7 @@ class _Trainer:
         stepper = Stepper(
             self._groups(schedule), schedule, dtype=self.dtype, device=self.job.device, grad_clip=config.grad_clip
         )
-        self.student.train(config.gradient_checkpointing)  # checkpointing only works in training mode
+        self.student.train(config.gradient_checkpointing)
         start, before = self._load(stepper)
         if start == 0:
             before = self.validate(stepper.dtype)
@@ -147,23 +152,29 @@ class _Trainer:
         targets = max(1, text[batch].targets)
         total = torch.zeros((), dtype=torch.float64, device=self.job.device)
         for part in batch.split(self.config.micro_batch_size):
-            loss = self._loss(text[part], stepper.dtype) / targets
+            loss = self._loss(text[part], stepper.dtype, hidden=self.config.loss == "kl+hidden") / targets
             stepper.backward(loss)
             total += loss.detach()
         stepper.finish(total)
         stepper.settle()  # an update takes seconds: waiting for it once costs nothing
         return float(total)
 
-    def _loss(self, text: Windows, dtype: torch.dtype) -> Tensor:
+    def _loss(self, text: Windows, dtype: torch.dtype, *, hidden: bool = False) -> Tensor:
+        """Sum over the target tokens of the divergence or cross-entropy, and of the error of hidden states."""
         device = self.job.device
         tokens, mask = text.tokens.to(device, torch.long), text.mask.to(device)
+        inputs = {"input_ids": tokens, "use_cache": False, "output_hidden_states": hidden}
         target = None
         if self.teacher is not None:
             with torch.no_grad(), autocast(device, self.dtype):
-                target = self.teacher(input_ids=tokens, use_cache=False).logits
+                target = self.teacher(**inputs)
         with autocast(device, dtype):
-            predicted = self.student(input_ids=tokens, use_cache=False).logits
-        return token_loss(predicted, target, tokens, mask)
+            output = self.student(**inputs)
+        loss = token_loss(output.logits, None if target is None else target.logits, tokens, mask)
+        if target is not None and hidden:  # of the blocks: the first state is the embeddings, which are the same
+            states = output.hidden_states[1:], target.hidden_states[1:]
+            loss = loss + HIDDEN_WEIGHT * hidden_error(*states, mask)
+        return loss
 
     @torch.no_grad()
     def validate(self, dtype: torch.dtype) -> float:

@@ -128,7 +128,7 @@ def held_out_loss(model: Any, windows: Windows, teacher: Any = None) -> float:
     return math.fsum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("loss", ["kl", "next-token"])
+@pytest.mark.parametrize("loss", ["kl+hidden", "kl", "next-token"])
 def test_scales_train_and_nothing_else_changes(stage: Callable[..., Job], random_llama: Path, loss: str) -> None:
     job = stage(loss=loss, samples=32)
     metrics = run(job)
@@ -142,7 +142,7 @@ def test_scales_train_and_nothing_else_changes(stage: Callable[..., Job], random
     assert len(changed) == 21
 
     load = AutoModelForCausalLM.from_pretrained
-    teacher = load(random_llama, dtype=torch.float32).eval() if loss == "kl" else None
+    teacher = load(random_llama, dtype=torch.float32).eval() if loss != "next-token" else None
     _, held_out = load_windows(job.out)
     for path, figure in ((job.input.path, "before"), (job.out, "after")):
         model = load(path, dtype=torch.float32).eval()

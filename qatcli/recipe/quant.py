@@ -1,0 +1,71 @@
+"""The recipe's `quant` section: the grid, and which linear has which."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qatcli.recipe.fields import GroupSize, Name, Positive, Section
+
+Bits = Literal[2, 3, 4, 8]
+
+
+class ModuleOverride(Section):
+    """Other bits or another group size for some of the linears."""
+
+    pattern: Name
+    """Shell pattern on the full module name, for example `*.mlp.down_proj`; a later match wins over an earlier one."""
+    bits: Bits | None = None
+    """Bits of the matching linears; null keeps `quant.bits`."""
+    group_size: GroupSize | None = None
+    """Group size of the matching linears, positive or -1; null keeps `quant.group_size`."""
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> ModuleOverride:
+        if self.bits is None and self.group_size is None:
+            raise ValueError("must set bits, group_size or both")
+        return self
+
+
+class QuantSection(Section):
+    """The quantization grid: `W = (q - zero_point) * scale`, one scale and zero point per group of inputs."""
+
+    bits: Bits
+    """Bits per weight; with `average_bits` those of the baseline that is rounded to nearest."""
+    average_bits: Positive | None = None
+    """Mean bits per weight of linears with different bits: `calibrate` estimates what rounding each would cost and
+    gives more of the `choices` where it costs more. Linears that receive one tensor (q, k and v; gate and up) share
+    their bits, as serving runs them as one. null gives every linear `bits`."""
+    choices: Annotated[tuple[Bits, ...], Field(min_length=1)] = (2, 3, 4)
+    """Bits that `average_bits` chooses from."""
+    group_size: GroupSize = 64
+    """Consecutive inputs of one output row that share a scale and a zero point: a positive divisor of the inputs, or -1
+    for the whole row."""
+    zero_points: Literal["any", "central", "middle"] = "any"
+    """Zero points that a group may have: any of the grid; the central two, `2^(bits-1) - 1` and `2^(bits-1)`, with
+    which 2-bit models fit GGUF's Q2_0 (2.25 bits per weight) exactly; or only the latter, a symmetric grid."""
+    init: Literal["minmax", "absmax", "percentile", "entropy", "mse", "weighted"] = "weighted"
+    """Search for the first scale and zero point of a group; `weighted` minimises the squared error weighted by the
+    second moments of the layer's inputs, `entropy` the divergence between the distributions of a layer's weights."""
+    overrides: tuple[ModuleOverride, ...] = ()
+    """Exceptions by module name, applied in order; one that sets bits takes its linears out of `average_bits`."""
+    skip: tuple[Name, ...] = ("lm_head",)
+    """Shell patterns of linears that stay in full precision. Embeddings and norms always do."""
+
+    def for_module(self, name: str) -> tuple[int, int] | None:
+        """`(bits, group_size)` of the linear `name`, or None if it stays in full precision."""
+        if any(fnmatchcase(name, pattern) for pattern in self.skip):
+            return None
+        bits: int = self.bits
+        group_size = self.group_size
+        for override in self.overrides:
+            if fnmatchcase(name, override.pattern):
+                bits = bits if override.bits is None else override.bits
+                group_size = group_size if override.group_size is None else override.group_size
+        return bits, group_size
+
+    def sets_bits(self, name: str) -> bool:
+        """Whether an override names the bits of the linear `name`."""
+        return any(o.bits is not None and fnmatchcase(name, o.pattern) for o in self.overrides)
