@@ -116,14 +116,6 @@ def compute_dtype(amp: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def recompute_activations(model: Any) -> None:
-    """Let a transformers model in training mode keep only the inputs of its blocks, and run each again going back."""
-    # The first name is transformers 5.23's, the second that of the releases before it.
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    enable = getattr(model, f"{name}_checkpointing_enable")
-    enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
-
-
 def snapshot(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Copies of parameters, to restore the best iterate."""
     return [p.detach().clone() for p in parameters]

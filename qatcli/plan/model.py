@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from qatcli.allocation import PER_BIT, Part, allocate
 from qatcli.blockfiles import block_quants
 from qatcli.linear import replace_modules
 from qatcli.models.blocks import BlockModel, open_blocks
@@ -86,9 +85,6 @@ class PlannedModel:
         self.dtype: torch.dtype = torch.float32 if gguf else (getattr(self.config, "dtype", None) or torch.float32)
         count = range(len(self._blocks))
         self.quants = [block_quants(self._blocks, index, quant) for index in count]
-        if quant.average_bits is not None:
-            bits = _supposed_bits(self.linears, quant, quant.average_bits)
-            self.quants = [{name: replace(q, bits=bits[name]) for name, q in block.items()} for block in self.quants]
         self.block_sizes = [
             sum(size for name, size in sizes.items() if name.startswith(self._blocks.block_name(index) + "."))
             for index in count
@@ -130,17 +126,6 @@ class PlannedModel:
             block.requires_grad_(kind == "fake_quant")
             replace_modules(block, list(quants), lambda name, linear: LINEARS[kind](linear, quants[name]))
         return block.eval()
-
-
-def _supposed_bits(linears: Mapping[str, ModuleQuant], quant: QuantSection, average: float) -> dict[str, int]:
-    """Bits of all linears with the right mean. Which gets which only calibration tells: here they take turns."""
-    parts = []
-    for index, (name, q) in enumerate((name, q) for name, q in linears.items() if not quant.sets_bits(name)):
-        weights = q.in_features * q.out_features
-        divergence: dict[int, float] = {bits: weights * PER_BIT ** (index % 3 - bits) for bits in quant.choices}
-        parts.append(Part((name,), weights, divergence))
-    chosen = allocate(parts, choices=quant.choices, average=average)
-    return {name: chosen.get(name, q.bits) for name, q in linears.items()}
 
 
 def packed_bytes(quant: ModuleQuant, *, scale: int) -> int:

@@ -121,26 +121,12 @@ def calibrate(s: Setting) -> list[Phase]:
     rounding = 4 * FP32 * _largest(model) + codes
     forward = model.passes("dense", SWEEP_BATCH, seq_len, dtype, dtype).forward
     parameters = {**inside, "block": FP32 * block}
-    mixed = [_sensitivity(s)] if s.recipe.quant.average_bits is not None else []
     return [
         _text(s.recipe.calibrate.data),
-        *mixed,
         _first_inputs(s, inside, beside, tokenizer=TOKENIZER),
         Phase("blocks", parameters, {"work": max(forward, rounding)}, _read(s, beside, block, tokenizer=TOKENIZER)),
         _finish(s, inside, beside),
     ]
-
-
-def _sensitivity(s: Setting) -> Phase:
-    """The whole model, one window forward and backward, blocks run again; the gradient of one linear at a time."""
-    model, seq_len = s.model, s.recipe.calibrate.seq_len
-    dtype = s.dtype(s.recipe.block_ap.amp)
-    passes = model.passes("dense", 1, seq_len, dtype, dtype)
-    kept = len(model) * seq_len * model.hidden * dtype.itemsize + passes.training
-    logits = 4 * FP32 * seq_len * model.vocabulary  # probabilities to draw from, those that count, their gradient
-    work = {"activations": kept, "logits": logits, "search": 4 * FP32 * _largest(model)}
-    loading = {"mapped checkpoint": model.total * model.dtype.itemsize, "tokenizer": TOKENIZER}
-    return Phase("sensitivity", {"model": model.total * dtype.itemsize}, work, loading)
 
 
 def block_ap(s: Setting) -> list[Phase]:

@@ -14,7 +14,6 @@ import torch
 from qatcli.evaluation.measure import BATCH_TOKENS
 from qatcli.plan.model import PlannedModel
 from qatcli.plan.needs import FP32, Setting
-from qatcli.sensitivity import WINDOWS as SENSITIVITY_WINDOWS
 
 MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the matrices that are timed
 SEARCH_PASSES = 800  # over a weight in fp32, by the grid search: 105 candidates of seven to eight passes each
@@ -59,8 +58,6 @@ def work(s: Setting) -> dict[str, Work]:
     inside = sum(model.block_sizes)
     search = SEARCH_PASSES * FP32 * inside
     moments = min(calibrate.moment_samples, calibrate.samples)
-    sensitivity = min(SENSITIVITY_WINDOWS, calibrate.samples) if recipe.quant.average_bits is not None else 0
-    mixed = _forward(model, model.total, 4 * sensitivity, calibrate.seq_len)  # blocks run twice
     train, held_out = calibrate.samples, calibrate.validation_samples
     step, check = (5, 2) if s.looks_ahead else (3, 1)  # forward and both gradients; of a next block no weights'
     sweeps = 2 * (train + held_out) + step * block.epochs * train + check * (block.epochs + 1) * held_out
@@ -81,9 +78,7 @@ def work(s: Setting) -> dict[str, Work]:
     measured = sum((t.windows or BATCH_TOKENS // 32) * t.seq_len for t in recipe.eval.perplexity)
     models = len(recipe.eval.baselines) + 1
     return {
-        "calibrate": Work(
-            _forward(model, inside, moments, calibrate.seq_len) + mixed, 2 * search if sensitivity else search
-        ),
+        "calibrate": Work(_forward(model, inside, moments, calibrate.seq_len), search),
         "block-ap": Work(blocks, (search if block.rounding == "gptq" else 0) + STEP_PASSES * FP32 * steps * inside),
         "e2e-qp": Work(_forward(model, model.total, windows, end.seq_len)),
         "pack": Work(0, 4 * FP32 * model.total),

@@ -27,7 +27,6 @@ FORMAT_BITS: Mapping[str, tuple[int, ...]] = {
 }
 """Bits that each export format can carry."""
 
-_MIX = ("average_bits", "choices")
 _LARGEST_ABSOLUTE_RATE = 0.1
 _SMALLEST_REACH = 1e-3
 
@@ -35,21 +34,13 @@ Check = Callable[[Recipe], Iterator[Problem]]
 
 
 def _format_carries_bits(recipe: Recipe) -> Iterator[Problem]:
-    quant = recipe.quant
-    used = {quant.bits} if quant.average_bits is None else set(quant.choices)
-    used |= {override.bits for override in quant.overrides if override.bits}
+    used = {recipe.quant.bits, *(override.bits for override in recipe.quant.overrides if override.bits)}
     for index, name in enumerate(recipe.export.formats):
         too_many = sorted(used.difference(FORMAT_BITS[name]))
         if too_many:
             able = ", ".join(other for other, bits in FORMAT_BITS.items() if used.issubset(bits))
             bits = " and ".join(str(bit) for bit in too_many)
             yield Problem(("export", "formats", index), f"cannot carry {bits} bits; these can: {able}", name)
-
-
-def _average_is_between_choices(recipe: Recipe) -> Iterator[Problem]:
-    average, choices = recipe.quant.average_bits, recipe.quant.choices
-    if average is not None and not min(choices) <= average <= max(choices):
-        yield Problem(("quant", "average_bits"), f"must be from {min(choices)} to {max(choices)}, as choices", average)
 
 
 def _gguf_file_is_there(recipe: Recipe) -> Iterator[Problem]:
@@ -155,8 +146,7 @@ def _expected_is_measured(recipe: Recipe) -> Iterator[Problem]:
 _RATES = ("lr_units", "lr_weights", "lr_scales", "lr_zero_points", "lr_norms")
 
 CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
-    (_format_carries_bits, (*(f"quant.{key}" for key in (*_MIX, "bits", "overrides")), "export.formats")),
-    (_average_is_between_choices, tuple(f"quant.{key}" for key in _MIX)),
+    (_format_carries_bits, ("quant.bits", "quant.overrides", "export.formats")),
     (_gguf_file_is_there, ("model.source", "model.gguf_file")),
     (_data_keys_have_effect, ("calibrate.data", "e2e_qp.data")),
     (_micro_batch_divides, ("e2e_qp.batch_size", "e2e_qp.micro_batch_size")),

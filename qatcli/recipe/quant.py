@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from qatcli.recipe.fields import GroupSize, Name, Positive, Section
+from qatcli.recipe.fields import GroupSize, Name, Section
 
 Bits = Literal[2, 3, 4, 8]
 
@@ -33,13 +33,7 @@ class QuantSection(Section):
     """The quantization grid: `W = (q - zero_point) * scale`, one scale and zero point per group of inputs."""
 
     bits: Bits
-    """Bits per weight; with `average_bits` those of the baseline that is rounded to nearest."""
-    average_bits: Positive | None = None
-    """Mean bits per weight of linears with different bits: `calibrate` estimates what rounding each would cost and
-    gives more of the `choices` where it costs more. Linears that receive one tensor (q, k and v; gate and up) share
-    their bits, as serving runs them as one. null gives every linear `bits`."""
-    choices: Annotated[tuple[Bits, ...], Field(min_length=1)] = (2, 3, 4)
-    """Bits that `average_bits` chooses from."""
+    """Bits per weight."""
     group_size: GroupSize = 64
     """Consecutive inputs of one output row that share a scale and a zero point: a positive divisor of the inputs, or -1
     for the whole row."""
@@ -50,7 +44,7 @@ class QuantSection(Section):
     """Search for the first scale and zero point of a group; `weighted` minimises the squared error weighted by the
     second moments of the layer's inputs, `entropy` the divergence between the distributions of a layer's weights."""
     overrides: tuple[ModuleOverride, ...] = ()
-    """Exceptions by module name, applied in order; one that sets bits takes its linears out of `average_bits`."""
+    """Exceptions by module name, applied in order."""
     skip: tuple[Name, ...] = ("lm_head",)
     """Shell patterns of linears that stay in full precision. Embeddings and norms always do."""
 
@@ -65,7 +59,3 @@ class QuantSection(Section):
                 bits = bits if override.bits is None else override.bits
                 group_size = group_size if override.group_size is None else override.group_size
         return bits, group_size
-
-    def sets_bits(self, name: str) -> bool:
-        """Whether an override names the bits of the linear `name`."""
-        return any(o.bits is not None and fnmatchcase(name, o.pattern) for o in self.overrides)

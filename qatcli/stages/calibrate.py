@@ -2,8 +2,7 @@
 
 Reads:  the recipe's model and text.
 Writes: windows.safetensors {train int32 [S, T], validation int32 [V, T]} and a packed checkpoint of the weights rounded
-        to the initial grids, each linear at the bits that the recipe says or that bring its `average_bits` furthest:
-        the start of block-ap, and through `qat pack` a post-training quantized model.
+        to the initial grids: the start of block-ap, and through `qat pack` a post-training quantized model.
 Left out on purpose: rounding with error feedback (GPTQ). It needs inputs of already quantized blocks, which only
         block-ap has; `block_ap: {epochs: 0, rounding: gptq}` is GPTQ.
 """
@@ -11,8 +10,6 @@ Left out on purpose: rounding with error feedback (GPTQ). It needs inputs of alr
 from __future__ import annotations
 
 import json
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +20,18 @@ from qat_kernels import quantize
 from qatcli.activations import SWEEP_BATCH, advance_stream, fill_stream, stream_budget
 from qatcli.attention import use_tiled_attention
 from qatcli.blockfiles import block_quants, finish, finished_blocks, save_block
-from qatcli.data import Windows, check_source, load_windows, sample_windows, save_windows
+from qatcli.data import check_source, load_windows, sample_windows, save_windows
 from qatcli.data.store import FILE as WINDOWS
-from qatcli.directory import write_json
 from qatcli.grid import initial_grid, relative_error
-from qatcli.inputs import read_json
 from qatcli.memory import release_memory
 from qatcli.models.blocks import BlockModel, open_blocks
-from qatcli.models.source import ModelSource
 from qatcli.moments import input_moments
 from qatcli.packed import ModuleQuant, QuantizedLinear
 from qatcli.recipe import check_group_sizes
 from qatcli.recipe.quant import QuantSection
-from qatcli.sensitivity import WINDOWS as SENSITIVITY_WINDOWS
-from qatcli.sensitivity import choose_bits
 from qatcli.stages import Job, open_model
 from qatcli.training import compute_dtype
 
-BITS = "bits.json"
 WORST = 10  # layers that the metrics list by name
 
 
@@ -69,9 +60,6 @@ def run(job: Job) -> dict[str, Any]:
         save_windows(job.out, windows)
         release_memory()  # the text and its tokens
     train, _ = load_windows(job.out)
-    if recipe.quant.average_bits is not None:
-        bits = _mixed_bits(job, source, {name: q for block in quants for name, q in block.items()}, train)
-        quants = [{name: replace(q, bits=bits.get(name, q.bits)) for name, q in block.items()} for block in quants]
 
     kept = {index: event["relative_error"] for index, event in finished_blocks(job.out).items()}
     errors: dict[str, float] = {}
@@ -91,27 +79,9 @@ def run(job: Job) -> dict[str, Any]:
         "relative_error": sum(errors.values()) / max(1, len(errors)),
         "worst_layers": {name: errors[name] for name in worst},
         "windows": len(train),
-        "bits": {str(bits): count for bits, count in sorted(Counter(q.bits for q in modules.values()).items())},
         "data_digest": data["digest"],
         "model_fingerprint": source.fingerprint,
     }
-
-
-def _mixed_bits(job: Job, source: ModelSource, quants: dict[str, ModuleQuant], windows: Windows) -> dict[str, int]:
-    """Bits that `quant.average_bits` gives to linears by name. What they are and why is kept in `bits.json`."""
-    file = job.out / BITS
-    if not file.is_file():
-        windows = windows[torch.arange(min(SENSITIVITY_WINDOWS, len(windows)))]
-        dtype = compute_dtype(job.recipe.block_ap.amp, job.device)
-        # float16 has not the range for gradients that nothing scales.
-        network = source.load_model(torch.float32 if dtype == torch.float16 else dtype, job.device)
-        use_tiled_attention(network, job.device)
-        with job.log.progress("sensitivity", len(windows) + len(quants)) as bar:
-            seed = job.recipe.calibrate.seed
-            found = choose_bits(network, job.recipe.quant, quants, windows, seed=seed, progress=bar.advance)
-        write_json(file, found)
-        release_memory()
-    return {name: entry["bits"] for name, entry in read_json(file).items()}
 
 
 def _blocks_with_moments(job: Job, model: BlockModel, windows: Tensor) -> Any:

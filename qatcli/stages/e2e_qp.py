@@ -37,7 +37,6 @@ from qatcli.training import (
     autocast,
     compute_dtype,
     parameter_group,
-    recompute_activations,
     scale_unit,
 )
 
@@ -54,7 +53,10 @@ def run(job: Job) -> dict[str, Any]:
     student = load_packed(job.input.path, dtype=torch.float32, device=job.device, trust_remote_code=trust)
     student.config.use_cache = False
     if config.gradient_checkpointing:
-        recompute_activations(student)
+        # The first name is transformers 5.23's, the second that of the releases before it.
+        name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(student, f"{name}_checkpointing_enable")
+        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
     teacher = None
     if config.loss != "next-token":
         teacher = open_model(job).load_model(dtype, job.device)
@@ -109,7 +111,7 @@ class _Trainer:
         stepper = Stepper(
             self._groups(schedule), schedule, dtype=self.dtype, device=self.job.device, grad_clip=config.grad_clip
         )
-        self.student.train(config.gradient_checkpointing)
+        self.student.train(config.gradient_checkpointing)  # checkpointing only works in training mode
         start, before = self._load(stepper)
         if start == 0:
             before = self.validate(stepper.dtype)

@@ -68,15 +68,6 @@ def test_packed_bytes_are_those_of_the_tensors(bits: int, group_size: int) -> No
     assert groups_of([quant, quant]) == 2 * grid.numel()
 
 
-def test_a_mean_of_bits_is_the_mean_of_what_is_planned(random_llama: Path) -> None:
-    quant = QuantSection(bits=3, average_bits=2.75, group_size=16, choices=(2, 3, 4))
-    linears = PlannedModel(ModelSection(source=str(random_llama)), quant).linears
-    sizes = {name: q.in_features * q.out_features for name, q in linears.items()}
-    mean = sum(q.bits * sizes[name] for name, q in linears.items()) / sum(sizes.values())
-    assert 2.7 < mean <= 2.75
-    assert {q.bits for q in linears.values()} == {2, 3, 4}
-
-
 def test_no_configuration(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="configuration"):
         planned(tmp_path)

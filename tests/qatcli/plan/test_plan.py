@@ -66,7 +66,6 @@ def test_every_stage_of_the_chain_is_planned() -> None:
         ("block-ap", "block_ap", "batch_size", 1, 64),
         ("block-ap", "calibrate", "samples", 64, 4096),
         ("calibrate", "calibrate", "moment_samples", 0, 64),
-        ("calibrate", "quant", "average_bits", None, 3),
         ("e2e-qp", "e2e_qp", "micro_batch_size", 1, 32),
         ("e2e-qp", "e2e_qp", "seq_len", 64, 512),
         ("e2e-qp", "e2e_qp", "gradient_checkpointing", True, False),

@@ -25,13 +25,6 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "export.formats.0",
         "cannot carry 8 bits",
     ),
-    (
-        {"quant": {"bits": 3, "average_bits": 3, "choices": [3, 8]}, "export": {"formats": ["gguf"]}},
-        "export.formats.0",
-        "cannot carry 8 bits",
-    ),
-    ({"quant": {"average_bits": 4.5}}, "quant.average_bits", "must be from 2 to 4, as choices"),
-    ({"quant": {"average_bits": 3, "choices": [4, 8]}}, "quant.average_bits", "must be from 4 to 8, as choices"),
     ({"e2e_qp": {"micro_batch_size": 3}}, "e2e_qp.micro_batch_size", "must divide batch_size 32: 1, 2, 4, 8, 16, 32"),
     ({"block_ap": {"batch_size": 5000}}, "block_ap.batch_size", "more than the 4096 training windows"),
     ({"e2e_qp": {"samples": 31}}, "e2e_qp.batch_size", "more than the 31 training windows"),

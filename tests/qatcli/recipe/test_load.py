@@ -67,8 +67,8 @@ def test_everything_is_reported_at_once(
             'FILE: model.gguf = "x": unknown key; one of source, revision, gguf_file, trust_remote_code; did you mean '
             "gguf_file?",
             "FILE: quant.bits = 5: must be one of 2, 3, 4, 8",
-            "FILE: quant.groupsize = 64: unknown key; one of bits, average_bits, choices, group_size, zero_points, "
-            "init, overrides, skip; did you mean group_size?",
+            "FILE: quant.groupsize = 64: unknown key; one of bits, group_size, zero_points, init, overrides, skip; did "
+            "you mean group_size?",
             'FILE: calibrate.data.0.source = "${QAT_NOT_SET}/a.jsonl": the environment variable QAT_NOT_SET is not set',
             'FILE: calibrate.data.0.fromat = "text": unknown key; one of source, name, split, revision, files, '
             "field, weight, streaming, format, template, packing, bos; did you mean format?",
