@@ -62,7 +62,7 @@ ALONE: Rows = (
 )
 E2E_QP: Rows = (
     ("default", []),
-    ("without hidden states", ["e2e_qp.loss=kl"]),
+    ("with hidden states", ["e2e_qp.loss=kl+hidden"]),
     ("without distillation", ["e2e_qp.loss=next-token"]),
     ("without bounded steps", ["e2e_qp.max_step=null"]),
     ("without best iterate", ["e2e_qp.keep_best=false"]),
@@ -70,7 +70,7 @@ E2E_QP: Rows = (
 )
 PUBLISHED_E2E_QP: Rows = (
     ("published recipe", [PUBLISHED]),
-    ("published + distillation", [PUBLISHED, "e2e_qp.loss=kl+hidden"]),
+    ("published + distillation", [PUBLISHED, "e2e_qp.loss=kl"]),
 )
 
 

@@ -173,7 +173,7 @@ class E2eQpSection(Section):
     """Windows per optimizer step."""
     micro_batch_size: Count = 1
     """Windows per forward pass; divides `batch_size`. Changes memory and speed, not the result."""
-    loss: Literal["kl+hidden", "kl", "next-token"] = "kl+hidden"
+    loss: Literal["kl", "kl+hidden", "next-token"] = "kl"
     """Distance to the full-precision model's next-token distribution, with or without the relative error of the hidden
     states after every block beside it, or cross-entropy on the text. Held-out losses are without that error."""
     train: Annotated[tuple[Literal["scales", "norms"], ...], Field(min_length=1)] = ("scales",)
