@@ -74,7 +74,7 @@ class _TiledAttention(torch.autograd.Function):
         for start in range(0, length, TILE):
             tile = slice(start, min(start + TILE, length))
             product = _probabilities(query, key, tile) @ value[:, :, : tile.stop]
-            output[:, tile] = _heads(product, heads // shared).permute(0, 3, 1, 2, 4)
+            output[:, tile] = product.unflatten(2, (heads // shared, -1)).permute(0, 3, 1, 2, 4)
         ctx.save_for_backward(query, key, value)
         ctx.scaling = scaling
         return output.flatten(2, 3)
@@ -97,7 +97,7 @@ class _TiledAttention(torch.autograd.Function):
             grad_value[:, :, seen] += probabilities.transpose(-1, -2) @ out
             grad = out @ value[:, :, seen].transpose(-1, -2)
             grad = torch._softmax_backward_data(grad, probabilities, -1, grad.dtype)
-            grad_query[:, :, :, tile] = _heads(grad @ key[:, :, seen], group)
+            grad_query[:, :, :, tile] = (grad @ key[:, :, seen]).unflatten(2, (group, -1))
             grad_key[:, :, seen] += grad.transpose(-1, -2) @ query[:, :, :, tile].flatten(2, 3)
         grad_query = (grad_query * ctx.scaling).flatten(1, 2)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None
@@ -108,13 +108,8 @@ def _probabilities(query: Tensor, key: Tensor, tile: slice) -> Tensor:
     count = tile.stop - tile.start
     scores = query[:, :, :, tile].flatten(2, 3) @ key[:, :, : tile.stop].transpose(-1, -2)
     later = torch.ones(count, count, dtype=torch.bool, device=query.device).triu_(1)
-    _heads(scores, query.shape[2])[..., tile.start :].masked_fill_(later, float("-inf"))
+    scores.unflatten(2, (-1, count))[..., tile.start :].masked_fill_(later, float("-inf"))
     return torch.softmax(scores, -1)
-
-
-def _heads(rows: Tensor, group: int) -> Tensor:
-    """[B, K, G * n, X] -> [B, K, G, n, X], a view."""
-    return rows.unflatten(2, (group, -1))
 
 
 AttentionInterface.register(NAME, tiled_attention_forward)

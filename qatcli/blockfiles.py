@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from qatcli.packed import (
     unpack_zero_point,
     write_config,
 )
-from qatcli.recipe.quant import QuantSection
+from qatcli.recipe.schema import QuantSection
 from qatcli.runlog import RunLog
 from qatcli.shards import digest, index_shards, load_tensors, save_tensors
 
@@ -143,10 +142,13 @@ def load_quantized_block(
     return block.eval()
 
 
-def finish(directory: Path, model: BlockModel, quant: QuantSection, modules: Mapping[str, ModuleQuant]) -> None:
+def finish(directory: Path, model: BlockModel, quant: QuantSection) -> None:
     """Make the block files a complete packed checkpoint: the rest of the model, index, config.json, tokenizer."""
     outside = model.outside_names()
     save_tensors(directory / OUTSIDE, model.source.tensors(outside))
+    modules: dict[str, ModuleQuant] = {}
+    for index in range(len(model)):
+        modules.update(block_quants(model, index, quant))
     index_shards(directory, sorted(directory.glob("model-*.safetensors")))
     config = read_config(model.source.path)
     config["quantization_config"] = quantization_config(

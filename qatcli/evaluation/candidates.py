@@ -15,7 +15,7 @@ from qatcli.grid import ZeroPoints, initial_grid
 from qatcli.hf import load_packed
 from qatcli.models.source import ModelSource, load_tokenizer
 from qatcli.packed import QuantizedLinear
-from qatcli.recipe.quant import QuantSection
+from qatcli.recipe.schema import QuantSection
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from qatcli.models.blocks import BlockModel, open_blocks
 from qatcli.models.source import ModelSource, check_config, converted, refused
 from qatcli.packed import ModuleQuant
 from qatcli.plan.tracing import CPU, LINEARS, Passes, trace, without_data
-from qatcli.recipe.quant import QuantSection
-from qatcli.recipe.schema import ModelSection
+from qatcli.recipe.schema import ModelSection, QuantSection
 
 
 @dataclass

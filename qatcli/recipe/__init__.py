@@ -4,7 +4,6 @@ from qatcli.recipe.checks import FORMAT_BITS, check_group_sizes
 from qatcli.recipe.identity import digest, dump_recipe
 from qatcli.recipe.load import load_recipe, recipe_name
 from qatcli.recipe.methods import METHODS, preset
-from qatcli.recipe.quant import ModuleOverride, QuantSection
 from qatcli.recipe.schema import (
     BlockApSection,
     CacheSection,
@@ -15,8 +14,10 @@ from qatcli.recipe.schema import (
     Expectation,
     ExportSection,
     ModelSection,
+    ModuleOverride,
     PackSection,
     PerplexityText,
+    QuantSection,
     Recipe,
     SpeedSection,
     ZeroShotSection,

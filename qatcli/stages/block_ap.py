@@ -23,6 +23,7 @@ from qatcli.attention import use_tiled_attention
 from qatcli.blockfiles import (
     block_events,
     block_file,
+    block_quants,
     finish,
     finished_blocks,
     load_quantized_block,
@@ -42,7 +43,7 @@ from qatcli.data import load_windows
 from qatcli.errors import DivergedError
 from qatcli.models.blocks import BlockModel, open_blocks
 from qatcli.moments import input_moments, weight_errors
-from qatcli.packed import ModuleQuant, PackedCheckpoint
+from qatcli.packed import ModuleQuant
 from qatcli.progress import Bar
 from qatcli.shards import load_tensors
 from qatcli.stages import Job, open_model
@@ -93,7 +94,6 @@ def run(job: Job) -> dict[str, Any]:
     held_out = _open_streams(job, model, "validation", held_out_tokens, budget, dtype)
     arguments = model.block_arguments(tokens.shape[1], job.device, torch.float32)
     kept = finished_blocks(job.out)
-    modules = PackedCheckpoint.open(job.input.path).modules
 
     def full_precision(index: int, *, ahead: bool = False) -> _Block:
         """Load a block and run it on its inputs: the targets become its outputs, or those of the next with `ahead`."""
@@ -118,7 +118,7 @@ def run(job: Job) -> dict[str, Any]:
         for index in range(len(model)):
             last = index + 1 == len(model)
             following = full_precision(index + 1, ahead=True) if config.lookahead and not last else None
-            quants = {name: modules[name] for name in model.linears(index) if name in modules}
+            quants = block_quants(model, index, recipe.quant)
             if index not in kept:
                 seen, unseen = (streams.windows(ahead=following is not None) for streams in (train, held_out))
                 result = _train(job, model, index, block, following, quants, seen, unseen, bar)
@@ -138,7 +138,7 @@ def run(job: Job) -> dict[str, Any]:
             elif not last:
                 block = full_precision(index + 1)
             bar.advance(detail=detail, reused=index in kept)
-    finish(job.out, model, recipe.quant, modules)
+    finish(job.out, model, recipe.quant)
     return _metrics(job)
 
 

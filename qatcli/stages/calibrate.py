@@ -28,7 +28,7 @@ from qatcli.models.blocks import BlockModel, open_blocks
 from qatcli.moments import input_moments
 from qatcli.packed import ModuleQuant, QuantizedLinear
 from qatcli.recipe import check_group_sizes
-from qatcli.recipe.quant import QuantSection
+from qatcli.recipe.schema import QuantSection
 from qatcli.stages import Job, open_model
 from qatcli.training import compute_dtype
 
@@ -70,8 +70,7 @@ def run(job: Job) -> dict[str, Any]:
             errors |= kept[index]
             block_errors = [errors[name] for name in quants[index]]
             bar.advance(detail=f"relative error {sum(block_errors) / max(1, len(block_errors)):.4f}")
-    modules = {name: q for block in quants for name, q in block.items()}
-    finish(job.out, model, recipe.quant, modules)
+    finish(job.out, model, recipe.quant)
     (job.out / "layer-errors.json").write_text(json.dumps(errors, indent=2) + "\n")
     worst = sorted(errors, key=lambda name: errors[name], reverse=True)[:WORST]
     data = json.loads((job.out / "data.json").read_text())

@@ -32,13 +32,7 @@ from qatcli.recipe.schema import E2eQpSection
 from qatcli.shards import INDEX, load_state, load_tensors, save_state, save_tensors
 from qatcli.stages import Job, open_model
 from qatcli.stepper import Stepper
-from qatcli.training import (
-    Schedule,
-    autocast,
-    compute_dtype,
-    parameter_group,
-    scale_unit,
-)
+from qatcli.training import Schedule, autocast, compute_dtype, parameter_group, scale_unit
 
 STATE = "resume.safetensors"  # removed once the stage is committed
 
@@ -52,6 +46,7 @@ def run(job: Job) -> dict[str, Any]:
     trust = recipe.model.trust_remote_code
     student = load_packed(job.input.path, dtype=torch.float32, device=job.device, trust_remote_code=trust)
     student.config.use_cache = False
+    use_tiled_attention(student, job.device)
     if config.gradient_checkpointing:
         # The first name is transformers 5.23's, the second that of the releases before it.
         name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
@@ -60,8 +55,7 @@ def run(job: Job) -> dict[str, Any]:
     teacher = None
     if config.loss != "next-token":
         teacher = open_model(job).load_model(dtype, job.device)
-    for model in filter(None, (student, teacher)):
-        use_tiled_attention(model, job.device)
+        use_tiled_attention(teacher, job.device)
     trained = trained_parameters(student, config)
     trainer = _Trainer(student, teacher, trained, config, held_out, dtype, job)
     metrics = trainer.train(train)

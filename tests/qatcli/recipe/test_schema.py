@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from qatcli.recipe import Recipe, quant, schema
+from qatcli.recipe import Recipe, schema
 
 
 def sections() -> Iterator[type[BaseModel]]:
-    for value in (vars(schema) | vars(quant)).values():
+    for value in vars(schema).values():
         if isinstance(value, type) and issubclass(value, schema.Section) and value is not schema.Section:
             yield value
 
