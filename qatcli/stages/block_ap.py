@@ -40,10 +40,10 @@ from qatcli.blocktrain import (
     train_block,
 )
 from qatcli.data import load_windows
-from qatcli.errors import DivergedError
+from qatcli.errors import DivergedError, InputError
 from qatcli.models.blocks import BlockModel, open_blocks
 from qatcli.moments import input_moments, weight_errors
-from qatcli.packed import ModuleQuant
+from qatcli.packed import ModuleQuant, PackedCheckpoint
 from qatcli.progress import Bar
 from qatcli.shards import load_tensors
 from qatcli.stages import Job, open_model
@@ -86,6 +86,7 @@ def run(job: Job) -> dict[str, Any]:
     recipe, config, log = job.recipe, job.recipe.block_ap, job.log
     model = open_blocks(open_model(job))
     use_tiled_attention(model.skeleton, job.device)
+    _check_grids(job, model)
     dtype = compute_dtype(config.amp, job.device)
     tokens, held_out_tokens = (windows.tokens for windows in load_windows(job.input.path))
     cache = config.cache
@@ -140,6 +141,24 @@ def run(job: Job) -> dict[str, Any]:
             bar.advance(detail=detail, reused=index in kept)
     finish(job.out, model, recipe.quant)
     return _metrics(job)
+
+
+def _check_grids(job: Job, model: BlockModel) -> None:
+    """InputError when the calibration, which may come from another recipe with --from, has other bits or groups."""
+    found = PackedCheckpoint.open(job.input.path).modules
+    for index in range(len(model)):
+        quants = block_quants(model, index, job.recipe.quant)
+        for name in model.linears(index):
+            if found.get(name) != quants.get(name):
+                made, wanted = (_grid_in_words(modules.get(name)) for modules in (found, quants))
+                raise InputError(
+                    f"{job.input.path} has {name} at {made}, the recipe at {wanted}",
+                    hint="run `qat calibrate` with this recipe, or put its quant section back",
+                )
+
+
+def _grid_in_words(quant: ModuleQuant | None) -> str:
+    return "full precision" if quant is None else f"{quant.bits} bits in groups of {quant.group_size}"
 
 
 def _check_range(stream: Tensor, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from qatcli.data import load_windows, save_windows
 from qatcli.data.windows import WindowSet
 from qatcli.directory import StageDirectory
+from qatcli.errors import InputError
 from qatcli.recipe import Recipe
 from qatcli.runlog import RunLog
 from qatcli.stages import Job, block_ap, calibrate
@@ -104,3 +106,23 @@ def test_looking_ahead_resumes_to_the_bit(stages: Callable[..., tuple[Job, dict[
     assert first.read_bytes() == kept
     assert last.read_bytes() == made
     assert [block["after"] for block in again["blocks"]] == [block["after"] for block in metrics["blocks"]]
+
+
+@pytest.mark.parametrize(
+    ("quant", "words"),
+    [
+        ({"bits": 3}, "at 2 bits in groups of 16, the recipe at 3 bits in groups of 16"),
+        ({"group_size": 8}, "the recipe at 2 bits in groups of 8"),
+        ({"skip": ["*.q_proj"]}, "the recipe at full precision"),
+    ],
+)
+def test_a_calibration_of_another_grid_is_refused(
+    stages: Callable[..., tuple[Job, dict[str, Any]]], quant: dict[str, Any], words: str
+) -> None:
+    job, _ = stages()
+    before = {file.name: file.read_bytes() for file in job.out.iterdir()}
+    section = job.recipe.quant.model_copy(update=quant)
+    other = replace(job, recipe=job.recipe.model_copy(update={"quant": section}))
+    with pytest.raises(InputError, match=words):
+        block_ap.run(other)
+    assert {file.name: file.read_bytes() for file in job.out.iterdir()} == before
