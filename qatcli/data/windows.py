@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _ROW_FLOOR = 32_768  # rows read of a source at least, if it has them
 _ROWS_PER_WINDOW = 32
-_FEW_LONG_DOCUMENTS = 8  # with fewer, or one for 32 windows, a source is packed
+_FEW_LONG_DOCUMENTS = 8  # with fewer, or one for 32 windows, or less text than the windows hold, a source is packed
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,10 @@ def _sample_split(
         if packing is not True:
             order = rng.permutation(len(documents)).tolist()
             found = find_long(documents, order, seq_len=seq_len, wanted=max(count, _FEW_LONG_DOCUMENTS))
-            enough = max(_FEW_LONG_DOCUMENTS, math.ceil(count / 32))
-            if found and (packing is False or len(found) >= enough or len(documents) == 1):
-                long = [documents[index].example for index in found]
+            long = [documents[index].example for index in found]
+            enough = len(long) >= max(_FEW_LONG_DOCUMENTS, math.ceil(count / 32))
+            enough &= sum(len(example) // seq_len for example in long) >= count
+            if long and (packing is False or enough or len(documents) == 1):
                 return draw_windows(long, rng, count=count, seq_len=seq_len), False
         separator = _separator(tokenizer)
     elif packing is False:

@@ -139,6 +139,14 @@ def test_few_long_documents_are_not_used_alone(
     assert not sample(write_documents(enough)).stats["packed"]
 
 
+def test_long_documents_that_would_repeat_are_not_used_alone(
+    sample: Callable[..., WindowSet], write_documents: Callable[..., Path]
+) -> None:
+    path = write_documents([40] * 20 + [6] * 300)
+    drawn, packed = (sample(path, samples=samples, validation_samples=0).stats["packed"] for samples in (16, 64))
+    assert (drawn, packed) == (False, True)
+
+
 def test_newline_between_documents_without_an_end_token(
     sample: Callable[..., WindowSet], write_jsonl: Callable[..., Path], chat_tokenizer: PreTrainedTokenizerFast
 ) -> None:
