@@ -62,15 +62,15 @@ ALONE: Rows = (
 )
 E2E_QP: Rows = (
     ("default", []),
-    ("with hidden states", ["e2e_qp.loss=kl+hidden"]),
-    ("without distillation", ["e2e_qp.loss=next-token"]),
+    ("without distillation", ["e2e_qp.text_weight=1"]),
+    ("without the text", ["e2e_qp.text_weight=0"]),
     ("without bounded steps", ["e2e_qp.max_step=null"]),
     ("without best iterate", ["e2e_qp.keep_best=false"]),
     ("with norms", ["e2e_qp.train=[scales,norms]", "e2e_qp.lr_norms=0.05"]),
 )
 PUBLISHED_E2E_QP: Rows = (
     ("published recipe", [PUBLISHED]),
-    ("published + distillation", [PUBLISHED, "e2e_qp.loss=kl"]),
+    ("published + distillation", [PUBLISHED, "e2e_qp.text_weight=0"]),
 )
 
 

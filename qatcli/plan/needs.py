@@ -173,17 +173,14 @@ def e2e_qp(s: Setting) -> list[Phase]:
     unpacked = groups  # zero points, uint8
     student = sum(packed_bytes(q, scale=FP32) for q in model.linears.values()) + unpacked
     student += FP32 * (model.total - _quantized(model))
-    teacher = model.total * dtype.itemsize if config.loss != "next-token" else 0
+    teacher = model.total * dtype.itemsize if config.text_weight < 1 else 0
     passes = model.passes("packed", config.micro_batch_size, config.seq_len, torch.float32, dtype)
     if config.gradient_checkpointing:
         kept = len(model) * rows * model.hidden * FP32 + passes.training
     else:
         kept = (len(model) - 1) * passes.kept + passes.training
-    if config.loss == "kl+hidden":  # the teacher's states, and what their differences keep for the backward pass
-        kept += len(model) * rows * model.hidden * (dtype.itemsize + FP32)
     logits = rows * model.vocabulary * dtype.itemsize
-    # The student's logits, the teacher's and their gradient; without a teacher, those that count, in fp32.
-    copies = 3 * logits if teacher else 2 * logits + 3 * rows * model.vocabulary * FP32
+    copies = (3 if teacher else 2) * logits  # the student's and their gradient, the teacher's
     head = model.vocabulary * model.hidden * dtype.itemsize if dtype != torch.float32 else 0
     loading = {"mapped checkpoint": model.total * model.dtype.itemsize if teacher else 0, "tokenizer": TOKENIZER}
     # Of the scales: gradients, Adam's moments, the best state.

@@ -67,7 +67,7 @@ def work(s: Setting) -> dict[str, Work]:
         squares = sum(q.in_features**2 for q in model.linears.values())
         blocks += 2.0 * moments * calibrate.seq_len * squares
     steps = block.epochs * -(-train // block.batch_size)
-    teacher = 1 if end.loss != "next-token" else 0
+    teacher = int(end.text_weight < 1)
     backward = 3 if end.gradient_checkpointing else 2
     windows = end.epochs * end.samples * (1 + backward + teacher)
     windows += (

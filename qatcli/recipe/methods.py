@@ -39,7 +39,7 @@ def _efficientqat(bits: int) -> Preset:
             "grad_clip": None,
         },
         "e2e_qp": {
-            "loss": "next-token",
+            "text_weight": 1.0,
             "train": ["scales"],
             "lr_units": "absolute",
             "lr_scales": rate,

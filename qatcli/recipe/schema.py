@@ -224,9 +224,9 @@ class E2eQpSection(Section):
     """Windows per optimizer step."""
     micro_batch_size: Count = 1
     """Windows per forward pass; divides `batch_size`. Changes memory and speed, not the result."""
-    loss: Literal["kl", "kl+hidden", "next-token"] = "kl"
-    """Distance to the full-precision model's next-token distribution, with or without the relative error of the hidden
-    states after every block beside it, or cross-entropy on the text. Held-out losses are without that error."""
+    text_weight: Annotated[float, Number, Field(ge=0, le=1)] = 0.5
+    """What is learned: this much the text's next token, the rest the full-precision model's distribution of it. 0 is
+    distillation alone, 1 the text alone (which needs no second model)."""
     train: Annotated[tuple[Literal["scales", "norms"], ...], Field(min_length=1)] = ("scales",)
     """Parameters that train."""
     lr_units: Literal["reach", "absolute"] = "reach"

@@ -2,9 +2,8 @@
 
 Reads:  quantized (a packed checkpoint with fp32 scales); windows are sampled here, so any packed checkpoint will do.
 Writes: quantized, with new scales (and norms, if the recipe trains them); codes and zero points bit for bit the same.
-With `loss: kl` the full-precision model's next-token distribution is the target, computed beside the student, with
-`kl+hidden` its hidden states as well; with `next-token` the text is. An interrupted run continues from the last
-optimizer checkpoint, bit for bit.
+The target is a mixture of the text and the full-precision model's next-token distribution, which is computed beside
+the student. An interrupted run continues from the last optimizer checkpoint, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from qatcli.data.store import FILE as WINDOWS
 from qatcli.errors import DivergedError
 from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear
-from qatcli.losses import HIDDEN_WEIGHT, hidden_error, token_loss
+from qatcli.losses import token_loss
 from qatcli.memory import release_memory
 from qatcli.models.source import load_tokenizer
 from qatcli.packed import SCALE, PackedCheckpoint, write_config
@@ -53,7 +52,7 @@ def run(job: Job) -> dict[str, Any]:
         enable = getattr(student, f"{name}_checkpointing_enable")
         enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
     teacher = None
-    if config.loss != "next-token":
+    if config.text_weight < 1:
         teacher = open_model(job).load_model(dtype, job.device)
         use_tiled_attention(teacher, job.device)
     trained = trained_parameters(student, config)
@@ -100,7 +99,7 @@ class _Trainer:
         steps = config.epochs * per_epoch
         if steps == 0:
             loss = self.validate(self.dtype)
-            return {"steps": 0, "loss": config.loss, "before": loss, "after": loss, "backoffs": 0}
+            return {"steps": 0, "before": loss, "after": loss, "backoffs": 0}
         schedule = Schedule.of(steps, min_lr_factor=config.min_lr_factor, warmup=config.warmup)
         stepper = Stepper(
             self._groups(schedule), schedule, dtype=self.dtype, device=self.job.device, grad_clip=config.grad_clip
@@ -134,7 +133,6 @@ class _Trainer:
             )
         return {
             "steps": steps,
-            "loss": config.loss,
             "before": before,
             "after": stepper.best_loss,
             "backoffs": stepper.backoffs,
@@ -148,29 +146,25 @@ class _Trainer:
         targets = max(1, text[batch].targets)
         total = torch.zeros((), dtype=torch.float64, device=self.job.device)
         for part in batch.split(self.config.micro_batch_size):
-            loss = self._loss(text[part], stepper.dtype, hidden=self.config.loss == "kl+hidden") / targets
+            loss = self._loss(text[part], stepper.dtype) / targets
             stepper.backward(loss)
             total += loss.detach()
         stepper.finish(total)
         stepper.settle()  # an update takes seconds: waiting for it once costs nothing
         return float(total)
 
-    def _loss(self, text: Windows, dtype: torch.dtype, *, hidden: bool = False) -> Tensor:
-        """Sum over the target tokens of the divergence or cross-entropy, and of the error of hidden states."""
+    def _loss(self, text: Windows, dtype: torch.dtype) -> Tensor:
+        """Sum of the loss over the target tokens."""
         device = self.job.device
         tokens, mask = text.tokens.to(device, torch.long), text.mask.to(device)
-        inputs = {"input_ids": tokens, "use_cache": False, "output_hidden_states": hidden}
+        inputs = {"input_ids": tokens, "use_cache": False}
         target = None
         if self.teacher is not None:
             with torch.no_grad(), autocast(device, self.dtype):
-                target = self.teacher(**inputs)
+                target = self.teacher(**inputs).logits
         with autocast(device, dtype):
-            output = self.student(**inputs)
-        loss = token_loss(output.logits, None if target is None else target.logits, tokens, mask)
-        if target is not None and hidden:  # of the blocks: the first state is the embeddings, which are the same
-            states = output.hidden_states[1:], target.hidden_states[1:]
-            loss = loss + HIDDEN_WEIGHT * hidden_error(*states, mask)
-        return loss
+            logits = self.student(**inputs).logits
+        return token_loss(logits, target, tokens, mask, text_weight=self.config.text_weight)
 
     @torch.no_grad()
     def validate(self, dtype: torch.dtype) -> float:

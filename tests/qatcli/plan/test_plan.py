@@ -69,8 +69,7 @@ def test_every_stage_of_the_chain_is_planned() -> None:
         ("e2e-qp", "e2e_qp", "micro_batch_size", 1, 32),
         ("e2e-qp", "e2e_qp", "seq_len", 64, 512),
         ("e2e-qp", "e2e_qp", "gradient_checkpointing", True, False),
-        ("e2e-qp", "e2e_qp", "loss", "next-token", "kl"),
-        ("e2e-qp", "e2e_qp", "loss", "kl", "kl+hidden"),
+        ("e2e-qp", "e2e_qp", "text_weight", 1, 0.5),
     ],
 )
 def test_memory_moves_with_its_keys(

@@ -26,7 +26,7 @@ def test_efficientqat_is_the_published_recipe(build: Callable[..., Recipe], bits
     assert (block_ap.min_lr_factor, block_ap.grad_clip) == (20, None)
     assert (block_ap.shuffle, block_ap.keep_best) == (False, False)
     assert (block_ap.epochs, block_ap.batch_size) == (2, 2)
-    assert (e2e_qp.loss, e2e_qp.train, e2e_qp.lr_units) == ("next-token", ("scales",), "absolute")
+    assert (e2e_qp.text_weight, e2e_qp.train, e2e_qp.lr_units) == (1, ("scales",), "absolute")
     assert (e2e_qp.lr_scales, e2e_qp.lr_norms, e2e_qp.min_lr_factor) == (rate, 0.0, None)
     assert (e2e_qp.warmup, e2e_qp.grad_clip, e2e_qp.keep_best) == (0.03, 0.3, False)
     assert (e2e_qp.samples, e2e_qp.seq_len, e2e_qp.epochs, e2e_qp.batch_size) == (4096, 4096, 1, 32)

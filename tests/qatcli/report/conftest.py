@@ -19,7 +19,7 @@ RECIPE: dict[str, Any] = {
     "quant": {"bits": 2, "group_size": 64, "zero_points": "central", "init": "weighted", "overrides": []},
     "calibrate": {"data": [{"source": "owner/text"}], "samples": 8, "seq_len": 64, "seed": 2},
     "block_ap": {"epochs": 2, "batch_size": 4, "lr_units": "reach", "lr_weights": 1.0, "lr_scales": 1.0},
-    "e2e_qp": {"samples": 8, "seq_len": 64, "epochs": 1, "batch_size": 4, "lr_units": "reach", "loss": "kl"},
+    "e2e_qp": {"samples": 8, "seq_len": 64, "epochs": 1, "batch_size": 4, "lr_units": "reach", "text_weight": 0.5},
     "expect": {"wiki": {"value": 20.0, "tolerance": 0.5}},
 }
 FACTS: dict[str, Any] = {
