@@ -11,6 +11,7 @@ of their range; seconds are those of training. FOLDER keeps runs and tables: the
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -84,6 +85,7 @@ def main(
     samples: Annotated[int, typer.Option(help="Training windows of each stage.")] = 128,
     seq_len: int = 256,
     windows: Annotated[int, typer.Option(help="Windows of held-out text.")] = 48,
+    only: Annotated[str, typer.Option(help="Rows whose name this regular expression matches as a whole.")] = ".*",
 ) -> None:
     """Run what has not run yet, and print the tables."""
     out.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ def main(
     )
     report.write_text(f"# Ingredients of the method on {model.stem}\n\n{conditions}\n", encoding="utf-8")
     for width in bits:
-        bench = Bench(recipe, out / f"w{width}", width, seed, report)
+        bench = Bench(recipe, out / f"w{width}", width, seed, report, re.compile(only))
         bench.table("Block-AP", bench.block_ap, block_ap_rows(width))
         bench.table("E2E-QP, from the default's Block-AP", bench.end_to_end, E2E_QP)
         published = partial(bench.end_to_end, start="published recipe")
@@ -120,14 +122,18 @@ def block_ap_rows(bits: int) -> Rows:
 class Bench:
     """The runs of one width: a directory for each row and seed, in which finished stages stay."""
 
-    def __init__(self, recipe: Path, out: Path, bits: int, seeds: Sequence[int], report: Path) -> None:
+    def __init__(
+        self, recipe: Path, out: Path, bits: int, seeds: Sequence[int], report: Path, only: re.Pattern[str]
+    ) -> None:
         self._recipe, self._out, self._bits, self._seeds, self._report = recipe, out, bits, seeds, report
+        self._only = only
 
     def table(self, title: str, measure: Callable[..., dict[str, float]], rows: Rows) -> None:
         """Print and keep one table, a row per variant as it is measured."""
         self._say(f"\n## {self._bits} bits: {title}\n\n| | perplexity | KL | seconds |\n|---|---|---|---|")
         for name, keys in rows:
-            self._say(_row(name, [measure(name, seed, keys) for seed in self._seeds]))
+            if self._only.fullmatch(name):
+                self._say(_row(name, [measure(name, seed, keys) for seed in self._seeds]))
 
     def block_ap(self, name: str, seed: int, keys: Sequence[str]) -> dict[str, float]:
         """Calibration, Block-AP, and its figures."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -79,7 +79,7 @@ def _rows(model: type[BaseModel], section: str) -> Iterator[tuple[str, ...]]:
 def _values(field: FieldInfo) -> str:
     text = _type_name(plain_type(field.annotation))
     for bound in _bounds(field):
-        for kind, sign in ((Ge, ">="), (Gt, ">"), (Lt, "<")):
+        for kind, sign in ((Ge, ">="), (Gt, ">"), (Le, "<="), (Lt, "<")):
             if isinstance(bound, kind):
                 text += f" {sign} {getattr(bound, kind.__name__.lower())}"
     return text + (", null" if type(None) in get_args(field.annotation) else "")
