@@ -132,7 +132,7 @@ class DataSource(Section):
 
 
 class CalibrateSection(Section):
-    """`qat calibrate`: token windows, first scales and zero points, sensitivities."""
+    """`qat calibrate`: token windows, first scales and zero points, errors of layers."""
 
     data: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     """Where the windows come from."""
