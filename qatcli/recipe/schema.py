@@ -224,7 +224,7 @@ class E2eQpSection(Section):
     """Windows per optimizer step."""
     micro_batch_size: Count = 1
     """Windows per forward pass; divides `batch_size`. Changes memory and speed, not the result."""
-    text_weight: Annotated[float, Number, Field(ge=0, le=1)] = 0.5
+    text_weight: Annotated[float, Number, Field(ge=0, le=1)] = 0.25
     """What is learned: this much the text's next token, the rest the full-precision model's distribution of it. 0 is
     distillation alone, 1 the text alone (which needs no second model)."""
     train: Annotated[tuple[Literal["scales", "norms"], ...], Field(min_length=1)] = ("scales",)

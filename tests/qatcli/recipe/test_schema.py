@@ -46,7 +46,7 @@ def test_defaults_are_the_method_qat(minimal: dict[str, Any]) -> None:
     rates = (block_ap.lr_weights, block_ap.lr_scales, block_ap.lr_zero_points, block_ap.lr_norms)
     assert rates == (0.5, 0.3, 0.0, 0.1)
     assert (block_ap.keep_best, block_ap.shuffle, block_ap.grad_clip) == (True, True, None)
-    assert (e2e_qp.text_weight, e2e_qp.train, e2e_qp.lr_scales, e2e_qp.lr_norms) == (0.5, ("scales",), 0.3, 0.0)
+    assert (e2e_qp.text_weight, e2e_qp.train, e2e_qp.lr_scales, e2e_qp.lr_norms) == (0.25, ("scales",), 0.3, 0.0)
     assert (e2e_qp.warmup, e2e_qp.grad_clip, e2e_qp.checkpoint_every, e2e_qp.data) == (0.1, 1.0, 16, None)
 
 
