@@ -19,7 +19,7 @@ ROWS = 64  # tokens whose fp32 logits exist at a time; with 50k tokens of vocabu
 def token_loss(
     student: Tensor, teacher: Tensor | None, tokens: Tensor, mask: Tensor, *, text_weight: float = 0.0
 ) -> Tensor:
-    """Sum over target tokens of KL(teacher || student) and the cross-entropy with the text, which weighs `text_weight`.
+    """Sum over target tokens of (1 - text_weight) KL(teacher || student) + text_weight cross-entropy(text).
 
     Logits [B, T, V]; position t predicts token t + 1, which counts when its mask is true. Without a teacher it is the
     cross-entropy alone.
@@ -53,8 +53,9 @@ class _TokenLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         for rows in counted.split(ROWS):
             ours = F.log_softmax(student.index_select(0, rows).float(), dim=-1)
-            target = torch.zeros_like(ours)
-            if teacher is not None:
+            if teacher is None:
+                target = torch.zeros_like(ours)
+            else:
                 theirs = F.log_softmax(teacher.index_select(0, rows).float(), dim=-1)
                 target = theirs.exp().mul_(1 - w)
                 total += torch.sum(theirs.sub_(ours).mul_(target))
