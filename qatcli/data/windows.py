@@ -3,8 +3,8 @@
 Reads:  the sources of a recipe (qatcli.data.sources), a tokenizer.
 Method: one random window of a random document longer than the window; training windows from the first 90 % of the
         documents, validation windows from the last 10 % (EfficientQAT, arXiv 2407.11062, section 4.1 and its code).
-        Sources whose documents are too short for that, and instruction data, are packed. `packing` of a source says
-        otherwise; instructions in windows of their own are followed by padding, which has no loss.
+        Sources whose documents are too short or too few for that, and instruction data, are packed. `packing` of a
+        source says otherwise; instructions in windows of their own are followed by padding, which has no loss.
 Left out: attention masks. Packed documents see what stands before them in the window.
 """
 

@@ -125,7 +125,7 @@ class DataSource(Section):
     """How Alpaca's records become text: the Alpaca prompt, or the tokenizer's chat template as for messages."""
     packing: bool | None = None
     """Whether consecutive documents share a window. `false` is one document per window: a random part of a long text,
-    an instruction followed by padding. null packs instructions, and texts too short to fill windows alone."""
+    an instruction followed by padding. null packs instructions, and texts that cannot fill the windows alone."""
     bos: Literal["document", "window"] = "document"
     """Where the beginning-of-text token stands: before each document, if the tokenizer puts it there, or at the start
     of every window as well, which models that were never trained without it need (Gemma)."""
