@@ -14,7 +14,7 @@ from qatcli.directory import StageDirectory, open_stage
 from qatcli.errors import InputError, UsageError
 from qatcli.evaluation.options import ModelOptions, is_recipe, section
 from qatcli.expectations import check
-from qatcli.recipe import Recipe, load_recipe, recipe_name
+from qatcli.recipe import Recipe, load_recipe, recipe_name, untrained_gptq
 from qatcli.runlog import RunLog, duration, wide
 from qatcli.stages import choose_device, run_stage
 
@@ -34,6 +34,8 @@ def run_one(
 ) -> dict[str, Any]:
     """Run one stage; {stage, path, seconds, metrics}."""
     recipe, run_dir, log = _begin(recipe_file, overrides, run_dir, verbosity)
+    if stage == "eval":
+        _make_gptq(recipe, run_dir, restart=restart, device=device, log=log)
     done = run_stage(stage, recipe, run_dir, source=source, restart=restart, device=device, log=log)
     facts = done.facts
     result = {"stage": stage, "path": str(done.path), "seconds": facts["seconds"], "metrics": facts["metrics"]}
@@ -124,6 +126,8 @@ def run_all(
     done: dict[str, StageDirectory] = {}
     try:
         for stage in CHAIN:
+            if stage == "eval":
+                _make_gptq(recipe, run_dir, restart=restart, device=device, log=log)
             done[stage] = run_stage(stage, recipe, run_dir, restart=restart, device=device, log=log)
             _update_report(run_dir, log, under_way=stage != CHAIN[-1])
     except BaseException:
@@ -151,6 +155,13 @@ def run_all(
         "report": str(run_dir / report.HTML),
         "path": str(done["pack"].path),
     }
+
+
+def _make_gptq(recipe: Recipe, run_dir: Path, **how: Any) -> None:
+    """The baseline of that name, if it is asked for and the run has a calibration; `how` is for `run_stage`."""
+    start = run_dir / "calibrate"
+    if "gptq" in recipe.eval.baselines and start.is_dir():
+        run_stage("block-ap", untrained_gptq(recipe), run_dir / "gptq", source=start, **how)
 
 
 def _update_report(run_dir: Path, log: RunLog, *, under_way: bool = False) -> None:

@@ -111,6 +111,24 @@ def test_a_figure_that_is_expected_and_missed(smoke_env: dict[str, str], finishe
     assert "error: the recipe expects more: tiny is " in missed.stderr
 
 
+def test_quantizers_without_training_are_baselines(
+    smoke_env: dict[str, str], finished_run: tuple[Path, dict], tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    command = ["eval", RECIPE, "--run", run, "--set", "eval.baselines=[calibrate,gptq]", "--restart", "--json"]
+    done = qat(*command, env=smoke_env)
+    assert done.returncode == 0, done.stderr
+    models = json.loads(done.stdout)["metrics"]["models"]
+    assert list(models) == ["calibrate", "gptq", "quantized"]
+    perplexities = {name: found["perplexity"]["tiny"] for name, found in models.items()}
+    assert perplexities["gptq"] < perplexities["calibrate"]
+    made_by = json.loads((run / "gptq" / "block-ap" / "stage.json").read_text())["recipe"]["block_ap"]
+    assert (made_by["epochs"], made_by["rounding"]) == (0, "gptq")
+    again = qat(*command[:-2], "--json", env=smoke_env)
+    assert again.returncode == 0, again.stderr
+    assert f"block-ap: already finished in {run / 'gptq'}" in again.stderr
+
+
 def test_codes_survive_training_of_scales(finished_run: tuple[Path, dict]) -> None:
     run, _ = finished_run
     before = load_file(run / "block-ap" / "model-block-0001.safetensors")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from qatcli.packed import PackedCheckpoint
 from qatcli.plan import GIB, Need, need, setting
 from qatcli.plan.needs import Setting, pack_bytes
 from qatcli.plan.timing import measure_rates, work
-from qatcli.recipe import Recipe
+from qatcli.recipe import Recipe, untrained_gptq
 from qatcli.runlog import duration
 
 CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")
@@ -32,13 +32,14 @@ def make_plan(recipe: Recipe, device: torch.device, run_dir: Path) -> dict[str, 
     s = setting(recipe, device, run_dir)
     here = device.type == "cpu" or torch.cuda.is_available()
     rates = measure_rates(device, s.dtype("auto")) if here else None
-    works = work(s)
-    needs = [need(s, stage) for stage in CHAIN]
-    needs += [need(s, "export", name) for name in recipe.export.formats]
-    stages = []
-    for found in needs:
+    steps = [(s, stage, "") for stage in CHAIN]
+    if "gptq" in recipe.eval.baselines:
+        steps.insert(-1, (replace(s, recipe=untrained_gptq(recipe)), "block-ap", "gptq"))
+    steps += [(s, "export", name) for name in recipe.export.formats]
+    needs, stages = [need(*step) for step in steps], []
+    for found, (step, stage, _) in zip(needs, steps, strict=True):
         row = {**asdict(found), "streams": [asdict(stream) for stream in found.streams]}
-        todo = works.get(found.stage)
+        todo = work(step).get(stage)
         row["seconds"] = round(todo.seconds(rates), 1) if rates and todo else None
         row["operations"] = todo.operations if todo else None
         stages.append(row)

@@ -3,7 +3,7 @@
 from qatcli.recipe.checks import FORMAT_BITS, check_group_sizes
 from qatcli.recipe.identity import digest, dump_recipe
 from qatcli.recipe.load import load_recipe, recipe_name
-from qatcli.recipe.methods import METHODS, preset
+from qatcli.recipe.methods import METHODS, preset, untrained_gptq
 from qatcli.recipe.schema import (
     BlockApSection,
     CacheSection,
@@ -48,4 +48,5 @@ __all__ = [
     "load_recipe",
     "preset",
     "recipe_name",
+    "untrained_gptq",
 ]

@@ -9,7 +9,10 @@ make a model fit GGUF's smallest exact block type. `efficientqat` is the recipe 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from qatcli.recipe.schema import Recipe
 
 Method = Literal["qat", "efficientqat"]
 Preset = dict[str, dict[str, Any]]
@@ -77,3 +80,9 @@ def fill(recipe: Mapping[Any, Any]) -> dict[Any, Any]:
         if isinstance(given, Mapping):
             filled[section] = {**defaults, **given}
     return filled
+
+
+def untrained_gptq(recipe: Recipe) -> Recipe:
+    """The recipe of the baseline `gptq`: the same model, grids and text, GPTQ's rounding, nothing trained."""
+    untrained = recipe.block_ap.model_copy(update={"epochs": 0, "rounding": "gptq", "lookahead": False})
+    return recipe.model_copy(update={"block_ap": untrained})

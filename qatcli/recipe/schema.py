@@ -34,6 +34,7 @@ from qatcli.recipe.methods import Method, fill
 
 Bits = Literal[2, 3, 4, 8]
 Format = Literal["gptq", "bitblas", "native", "gguf", "awq", "compressed-tensors", "dense"]
+Baseline = Literal["full_precision", "round_to_nearest", "calibrate", "gptq", "block_ap"]
 
 
 class ModelSection(Section):
@@ -348,12 +349,9 @@ class EvalSection(Section):
     cache: bool = True
     """Keep the full-precision model's perplexities and accuracies in the user's cache directory, so that a machine
     measures them once. They are used for the same files, texts, tasks, device and versions only."""
-    baselines: tuple[Literal["full_precision", "round_to_nearest", "block_ap"], ...] = (
-        "full_precision",
-        "round_to_nearest",
-        "block_ap",
-    )
-    """Models measured beside the result."""
+    baselines: tuple[Baseline, ...] = ("full_precision", "round_to_nearest", "block_ap")
+    """Models measured beside the result. `round_to_nearest` has min-max grids, `calibrate` the searched ones; `gptq` is
+    made from these in `<run>/gptq`; `calibrate`, `gptq` and `block_ap` need the run's own stages."""
     prompts: tuple[str, ...] = ()
     """Prompts that every measured model continues, for the report."""
     max_new_tokens: Count = 64

@@ -21,6 +21,8 @@ from qatcli.report.evaluation import is_number
 MODELS = {
     "full_precision": "full precision",
     "round_to_nearest": "round to nearest",
+    "calibrate": "searched grid, nothing trained",
+    "gptq": "GPTQ, nothing trained",
     "block_ap": "Block-AP",
     "quantized": "quantized",
 }

@@ -17,6 +17,8 @@ from qatcli.sizes import bits_per_weight
 from qatcli.stages import Job, open_model
 
 SAMPLED = ("full_precision", "quantized")
+MADE_BY_STAGES = {"calibrate": "calibrate", "gptq": "gptq/block-ap", "block_ap": "block-ap"}
+"""Baseline -> where the run directory has it, if it was made."""
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -43,8 +45,9 @@ def _others(job: Job, source: ModelSource) -> list[Candidate]:
     trust = recipe.model.trust_remote_code
     if "round_to_nearest" in recipe.eval.baselines:
         found.append(round_to_nearest(source, recipe.quant, job.device))
-    block_ap = job.run_dir / "block-ap"
-    if "block_ap" in recipe.eval.baselines and block_ap.is_dir():
-        found.append(packed("block_ap", block_ap, job.device, tokenizer=source.tokenizer, trust_remote_code=trust))
+    for name, stage in MADE_BY_STAGES.items():
+        path = job.run_dir / stage
+        if name in recipe.eval.baselines and path.is_dir():
+            found.append(packed(name, path, job.device, tokenizer=source.tokenizer, trust_remote_code=trust))
     path = job.input.path
     return [*found, packed("quantized", path, job.device, tokenizer=source.tokenizer, trust_remote_code=trust)]

@@ -189,6 +189,18 @@ def test_the_plan_as_json_and_as_a_table(recipe: Callable[..., Recipe], monkeypa
     assert "vLLM" in text
 
 
+def test_the_gptq_baseline_is_planned_before_the_evaluation(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qatcli.plan.report, "measure_rates", lambda *_: Rates(1e9, 1e9))
+    found = make_plan(recipe(eval={"baselines": ["gptq"]}), CPU, Path("runs"))
+    rows = {row["stage"]: row for row in found["stages"]}
+    assert list(rows)[:6] == [*CHAIN[:-1], "block-ap gptq", "eval"]
+    assert rows["block-ap gptq"]["disk"] == rows["block-ap"]["disk"]
+    assert 0 < rows["block-ap gptq"]["operations"] < rows["block-ap"]["operations"]
+    assert found["disk"] == sum(row["disk"] for row in rows.values())
+
+
 def test_a_plan_for_a_gpu_that_is_elsewhere(recipe: Callable[..., Recipe]) -> None:
     found = make_plan(recipe(), GPU, Path("runs"))
     if not torch.cuda.is_available():
