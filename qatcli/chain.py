@@ -34,9 +34,7 @@ def run_one(
 ) -> dict[str, Any]:
     """Run one stage; {stage, path, seconds, metrics}."""
     recipe, run_dir, log = _begin(recipe_file, overrides, run_dir, verbosity)
-    if stage == "eval":
-        _make_gptq(recipe, run_dir, restart=restart, device=device, log=log)
-    done = run_stage(stage, recipe, run_dir, source=source, restart=restart, device=device, log=log)
+    done = _run_stage(stage, recipe, run_dir, source=source, restart=restart, device=device, log=log)
     facts = done.facts
     result = {"stage": stage, "path": str(done.path), "seconds": facts["seconds"], "metrics": facts["metrics"]}
     if stage == "eval":
@@ -126,9 +124,7 @@ def run_all(
     done: dict[str, StageDirectory] = {}
     try:
         for stage in CHAIN:
-            if stage == "eval":
-                _make_gptq(recipe, run_dir, restart=restart, device=device, log=log)
-            done[stage] = run_stage(stage, recipe, run_dir, restart=restart, device=device, log=log)
+            done[stage] = _run_stage(stage, recipe, run_dir, restart=restart, device=device, log=log)
             _update_report(run_dir, log, under_way=stage != CHAIN[-1])
     except BaseException:
         _update_report(run_dir, log)
@@ -157,11 +153,12 @@ def run_all(
     }
 
 
-def _make_gptq(recipe: Recipe, run_dir: Path, **how: Any) -> None:
-    """The baseline of that name, if it is asked for and the run has a calibration; `how` is for `run_stage`."""
-    start = run_dir / "calibrate"
-    if "gptq" in recipe.eval.baselines and start.is_dir():
-        run_stage("block-ap", untrained_gptq(recipe), run_dir / "gptq", source=start, **how)
+def _run_stage(stage: str, recipe: Recipe, run_dir: Path, *, source: Path | None = None, **how: Any) -> StageDirectory:
+    """`run_stage`; before an evaluation the baseline `gptq`, if it is asked for and the run has a calibration."""
+    calibration = run_dir / "calibrate"
+    if stage == "eval" and "gptq" in recipe.eval.baselines and calibration.is_dir():
+        run_stage("block-ap", untrained_gptq(recipe), run_dir / "gptq", source=calibration, **how)
+    return run_stage(stage, recipe, run_dir, source=source, **how)
 
 
 def _update_report(run_dir: Path, log: RunLog, *, under_way: bool = False) -> None:
