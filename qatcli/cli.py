@@ -115,6 +115,9 @@ def evaluate(
         str | None, typer.Option("--against", metavar="MODEL", help="Models: full precision, to diverge from.")
     ] = None,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Models: leave speed and memory out.")] = False,
+    bos: Annotated[
+        bool, typer.Option("--bos", help="Models: begin every window with the beginning-of-text token (Gemma).")
+    ] = False,
     run: RunOption = None,
     source: FromOption = None,
     overrides: SetOption = None,
@@ -132,7 +135,7 @@ def evaluate(
         result = run_eval(
             targets,
             overrides or [],
-            ModelOptions(text or (), seq_len, windows, zero_shot, data, limit, against, no_speed),
+            ModelOptions(text or (), seq_len, windows, zero_shot, data, limit, against, no_speed, bos),
             run_dir=run,
             source=_given_source(source),
             restart=restart,

@@ -11,7 +11,7 @@ import torch
 
 from qatcli.data.files import read_rows, read_text
 from qatcli.data.sources import load_hub
-from qatcli.data.tokens import Tokens, encode_text
+from qatcli.data.tokens import Tokens, encode_text, first_token
 from qatcli.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,6 +52,17 @@ def evaluation_windows(tokens: torch.Tensor, seq_len: int, windows: int | None =
         )
     count = windows or available
     return tokens[: count * seq_len].reshape(count, seq_len)
+
+
+def begin_windows(windows: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Windows [W, T] whose first token is the beginning-of-text token; where it is not yet, the last one makes room.
+
+    Models that were never trained without it (Gemma) predict much worse without. Raises InputError when the tokenizer
+    has none.
+    """
+    bos = first_token(tokenizer)
+    begun = torch.cat([torch.full_like(windows[:, :1], bos), windows[:, :-1]], dim=1)
+    return torch.where(windows[:, :1] == bos, windows, begun)
 
 
 def c4_windows(tokenizer: PreTrainedTokenizerBase, seq_len: int, *, file: str | None = None) -> torch.Tensor:

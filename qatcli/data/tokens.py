@@ -52,6 +52,13 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens
     return np.asarray(ids, dtype=np.int32)
 
 
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The beginning-of-text token, which `bos: window` asks for. InputError for a tokenizer that has none."""
+    if tokenizer.bos_token_id is None:
+        raise InputError("the tokenizer has no beginning-of-text token", hint="leave `bos: window` out")
+    return int(tokenizer.bos_token_id)
+
+
 def encode_answers(
     tokenizer: PreTrainedTokenizerBase, text: str, answers: Sequence[tuple[int, int]], *, special_tokens: bool
 ) -> Example:

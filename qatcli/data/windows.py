@@ -22,7 +22,7 @@ import torch
 from qatcli.data.corpus import Corpus, Document, read_corpus
 from qatcli.data.packing import draw_windows, find_long, has_tokens, pack_windows, pad_windows
 from qatcli.data.sources import DataSource
-from qatcli.data.tokens import Example, encode_text, join, plain
+from qatcli.data.tokens import Example, encode_text, first_token, join, plain
 from qatcli.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
@@ -167,9 +167,7 @@ def _sample_split(
 
 def _begin(tokenizer: PreTrainedTokenizerBase, window: Example) -> Example:
     """`window` behind a beginning-of-text token, if it does not start with one."""
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        raise InputError("the tokenizer has no beginning-of-text token", hint="leave `bos` out of the data source")
+    bos = first_token(tokenizer)
     if window.tokens[0] == bos:
         return window
     return join([plain(np.asarray([bos], dtype=np.int32)), window[:-1]])

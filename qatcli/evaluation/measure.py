@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatcli.data import c4_windows, evaluation_windows, text_tokens
+from qatcli.data import begin_windows, c4_windows, evaluation_windows, text_tokens
 from qatcli.errors import InputError
 from qatcli.evaluation.cache import remembered
 from qatcli.evaluation.candidates import Candidate
@@ -202,6 +202,11 @@ def _fast(subject: Subject, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _windows(text: PerplexityText, tokenizer: Any) -> Tensor:
+    cut = _cut(text, tokenizer)
+    return begin_windows(cut, tokenizer) if text.bos == "window" else cut
+
+
+def _cut(text: PerplexityText, tokenizer: Any) -> Tensor:
     if text.source == "c4":
         return torch.as_tensor(c4_windows(tokenizer, text.seq_len, file=text.file))[: text.windows]
     tokens = text_tokens(text.source, tokenizer, file=text.file)
@@ -218,6 +223,7 @@ def _protocol(text: PerplexityText, windows: Tensor, dtype: torch.dtype) -> dict
         "context": windows.shape[1],
         "windows": len(windows),
         "cut": "random places of random documents, seed 0" if text.source == "c4" else f"{first}, none overlap",
+        "bos": text.bos,
         "compute": _name(dtype),
     }
 

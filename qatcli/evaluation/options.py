@@ -28,6 +28,7 @@ class ModelOptions:
     limit: int | None = None
     against: str | None = None
     no_speed: bool = False
+    bos: bool = False
 
     def given(self) -> list[str]:
         """The options that were given, as they are written."""
@@ -46,6 +47,7 @@ def section(options: ModelOptions) -> EvalSection:
     texts = list(options.text) or ([] if options.zero_shot else ["wikitext2"])
     window = {"seq_len": options.seq_len, "windows": options.windows}
     asked = {key: value for key, value in window.items() if value is not None}
+    asked |= {"bos": "window"} if options.bos else {}
     content = {
         "perplexity": [{**_text(text), **asked} for text in texts],
         "kl": options.against is not None,

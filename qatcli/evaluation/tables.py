@@ -52,7 +52,7 @@ def _texts(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
         table.add_row(*row)
     lines = [
         f"{name}: {Path(p['file'] or p['source']).name}, {p['read']}, {p['windows']} windows of {p['context']} tokens, "
-        f"{p['cut']}, {p['compute']}"
+        f"{p['cut']}, {'each behind the first token, ' if p.get('bos') == 'window' else ''}{p['compute']}"
         for name, p in protocol.items()
     ]
     tokens = {part["tokens"] for found in metrics["models"].values() for part in found["divergence"].values()}

@@ -301,6 +301,8 @@ class PerplexityText(Section):
     """Tokens per window."""
     windows: Count | None = None
     """Windows to measure, from the start of the text; null is all of them."""
+    bos: Literal["document", "window"] = "document"
+    """`window` begins every window with the beginning-of-text token, as Gemma needs; no published protocol does."""
 
 
 class ZeroShotSection(Section):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qatcli.data import c4_windows, evaluation_windows, text_tokens
+from qatcli.data import begin_windows, c4_windows, evaluation_windows, text_tokens
 from qatcli.errors import InputError
 
 
@@ -112,6 +112,16 @@ def test_c4_without_a_long_document(monkeypatch: pytest.MonkeyPatch, number_toke
     serve(monkeypatch, ["1 2 3"])
     with pytest.raises(InputError, match="no C4 validation document has 11 tokens"):
         c4_windows(number_tokenizer, 11)
+
+
+def test_windows_begin_with_the_first_token_once(
+    chat_tokenizer: PreTrainedTokenizerFast, number_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bos = chat_tokenizer.bos_token_id
+    windows = torch.tensor([[bos, 7, 8, 9], [10, 11, 12, 13]])
+    assert begin_windows(windows, chat_tokenizer).tolist() == [[bos, 7, 8, 9], [bos, 10, 11, 12]]
+    with pytest.raises(InputError, match="no beginning-of-text token"):
+        begin_windows(windows, number_tokenizer)
 
 
 def test_a_real_file(qat_data: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:

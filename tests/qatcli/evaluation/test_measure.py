@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from qatcli.data import text_tokens
 from qatcli.errors import InputError
 from qatcli.evaluation import cache, measure
 from qatcli.evaluation.candidates import Candidate
@@ -77,6 +80,29 @@ def test_every_figure_is_there(packed: Path, tiny_llama: Path, config: EvalSecti
         "the same prompt",
     ):
         assert said in shown
+
+
+def test_windows_may_begin_with_the_first_token(tiny_llama: Path, config: EvalSection) -> None:
+    """Another protocol than without: it is named, and it is what the perplexity is of."""
+    asked = config.perplexity[0].model_copy(update={"bos": "window", "windows": 3})
+    found = compare(
+        [str(tiny_llama)], config.model_copy(update={"perplexity": (asked,)}), against=None, device=CPU, log=QUIET
+    )
+    model, tokenizer = (kind.from_pretrained(tiny_llama) for kind in (AutoModelForCausalLM, PreTrainedTokenizerFast))
+    text = text_tokens(asked.source, tokenizer)[: 3 * 32].reshape(3, 32)
+    losses = []
+    for row in text:
+        tokens = (
+            row if row[0] == tokenizer.bos_token_id else torch.cat([torch.tensor([tokenizer.bos_token_id]), row[:-1]])
+        )
+        with torch.no_grad():
+            losses.append(float(model(input_ids=tokens[None], labels=tokens[None]).loss))
+    assert model.dtype == torch.float32
+    assert found["models"][str(tiny_llama)]["perplexity"]["tiny"] == pytest.approx(math.exp(sum(losses) / 3), rel=0.02)
+    console = Console(file=StringIO(), width=160)
+    for table in tables(found):
+        console.print(table)
+    assert "each behind the first token" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_full_precision_is_measured_once(

@@ -35,6 +35,12 @@ def test_options_are_the_keys_of_a_recipe(tmp_path: Path) -> None:
     assert (found.zero_shot.data, found.zero_shot.limit) == (str(tmp_path), 7)
 
 
+def test_the_first_token_of_every_window(tmp_path: Path) -> None:
+    (tmp_path / "wiki.raw").write_text("text")
+    texts = (str(tmp_path / "wiki.raw"),)
+    assert [section(ModelOptions(texts, bos=bos)).perplexity[0].bos for bos in (False, True)] == ["document", "window"]
+
+
 def test_a_local_copy_of_a_built_in_text(tmp_path: Path) -> None:
     (tmp_path / "wiki.test.raw").write_text("text")
     copy = str(tmp_path / "wiki.test.raw")
