@@ -24,7 +24,15 @@ from torch import Tensor
 import qatcli
 from qatcli.activations import advance_stream, fill_stream
 from qatcli.blockfiles import block_quants
-from qatcli.blocktrain import BlockResult, Objective, Windows, build_student, input_hessians, train_block
+from qatcli.blocktrain import (
+    BlockResult,
+    Objective,
+    Windows,
+    build_student,
+    input_hessians,
+    output_errors,
+    train_block,
+)
 from qatcli.data import sample_windows
 from qatcli.grid import initial_grid
 from qatcli.losses import token_loss
@@ -127,12 +135,13 @@ def _quantize(recipe: Recipe, setting: Setting) -> tuple[float, list[BlockResult
             sample = train[: recipe.calibrate.moment_samples]
             hessians = input_hessians(block, prefix, list(quants), sample, arguments, device)
         students = build_student(block, prefix, quants, grids, zero_points=recipe.quant.zero_points, hessians=hessians)
+        unseen = Windows(held_out, held_out_target)
         results.append(
             train_block(
-                Objective(block, arguments, recipe.block_ap.loss),
+                Objective(block, arguments, output_errors(recipe.block_ap.loss, unseen, device)),
                 students,
                 Windows(train, train_target),
-                Windows(held_out, held_out_target),
+                unseen,
                 recipe.block_ap,
                 zero_points=recipe.quant.zero_points,
                 generator=torch.Generator().manual_seed(recipe.calibrate.seed + index),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from qatcli.activations import in_order, read_batches
 from qatcli.gptq import error_feedback
 from qatcli.grid import ZeroPoints
 from qatcli.linear import FakeQuantLinear, replace_modules
-from qatcli.losses import relative_error
+from qatcli.losses import balanced_error, channel_shares, relative_error, squared_error
 from qatcli.models.blocks import run_block
 from qatcli.packed import ModuleQuant, QuantizedLinear
 from qatcli.recipe.schema import BlockApSection
@@ -119,11 +120,21 @@ def input_hessians(
     return sums
 
 
-def block_loss(output: Tensor, target: Tensor, kind: str) -> Tensor:
-    """Mean squared error over all elements, or (`relative`) the mean of the tokens' relative errors."""
-    if kind == "relative":
-        return relative_error(output, target).mean()
-    return (output.float() - target.float()).square().mean()
+Error = Callable[[Tensor, Tensor], Tensor]  # of an output against its target, each [B, T, H]; per token, [B, T]
+
+
+def output_errors(kind: str, windows: Windows, device: torch.device) -> tuple[Error, ...]:
+    """How `block_ap.loss` measures errors against each target of `windows`, whose energy says what is a large one."""
+    targets = windows.streams[1:]
+    if kind == "balanced":
+        return tuple(partial(balanced_error, shares=_shares(stream, device)) for stream in targets)
+    return ({"relative": relative_error, "mse": squared_error}[kind],) * len(targets)
+
+
+def _shares(targets: Tensor, device: torch.device) -> Tensor:
+    """`channel_shares` of a stream, window by window."""
+    batches = read_batches([targets], in_order(len(targets), 1), device)
+    return torch.stack([channel_shares(window) for (window,) in batches]).mean(0)
 
 
 @dataclass(frozen=True)
@@ -133,17 +144,17 @@ class Objective:
 
     block: nn.Module
     arguments: dict[str, Any]
-    kind: str
+    errors: Sequence[Error]  # of the block's output, of that after the next block
     following: tuple[nn.Module, dict[str, Any]] | None = None  # and its arguments
 
     def __call__(self, inputs: Tensor, targets: Sequence[Tensor], *, run: Callable[..., Tensor] = run_block) -> Tensor:
         """The loss, a scalar, of a batch [B, T, H]; `targets` are the batch of `Windows.streams` without the inputs."""
         output = run(self.block, inputs, self.arguments)
-        loss = block_loss(output, targets[0], self.kind)
+        loss = self.errors[0](output, targets[0]).mean()
         if self.following is None:
             return loss
         block, arguments = self.following
-        return (loss + block_loss(run(block, output, arguments), targets[1], self.kind)) / 2
+        return (loss + self.errors[1](run(block, output, arguments), targets[1]).mean()) / 2
 
 
 @torch.no_grad()

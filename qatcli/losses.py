@@ -1,7 +1,8 @@
-"""Token losses of the end-to-end stage, made a few tokens at a time.
+"""What the stages train for: errors of hidden states and losses of logits, both per token.
 
-A batch of logits in fp32, its softmax and their gradients are the largest tensors of the stage: 4096 tokens of a
-128k vocabulary take 2 GiB each. Here only blocks of rows exist in fp32, and the gradient is made with the loss.
+The latter are made a few tokens at a time. A batch of logits in fp32, its softmax and their gradients are the largest
+tensors of the end-to-end stage: 4096 tokens of a 128k vocabulary take 2 GiB each. Here only blocks of rows exist in
+fp32, and the gradient is made with the loss.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+SMALLEST_SHARE = 0.01  # of the mean share, so that a channel that is never used does not outweigh the others
 ROWS = 64  # tokens whose fp32 logits exist at a time; with 50k tokens of vocabulary about a CPU's cache
 
 
@@ -31,6 +33,11 @@ def token_loss(
     return loss
 
 
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Each token's mean squared error, fp32: [..., H] -> [...]."""
+    return (output.float() - target.float()).square().mean(-1)
+
+
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """Each token's squared error over its energy, fp32: [..., H] -> [...].
 
@@ -38,7 +45,29 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     nothing else is seen. Relative to the token is what the next block sees through its norm.
     """
     target = target.float()
-    return (output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+    return (output.float() - target).square().sum(-1) / _energy(target)
+
+
+def balanced_error(output: Tensor, target: Tensor, shares: Tensor) -> Tensor:
+    """Each token's mean over the channels of error over what the channel's energy should be, fp32: [..., H] -> [...].
+
+    That is the token's energy times the channel's share of it, `shares` [H] from `channel_shares`. In some models a few
+    channels hold nearly all the energy of every token, the next norm scales them down, and a `relative_error` sees
+    little else. The two are equal where the error is spread as the energy is.
+    """
+    target, hidden = target.float(), target.shape[-1]
+    expected = shares.clamp_min(SMALLEST_SHARE / hidden) * hidden
+    return ((output.float() - target).square() / expected).sum(-1) / _energy(target)
+
+
+def channel_shares(targets: Tensor) -> Tensor:
+    """Each channel's share of a token's energy, the mean over the tokens, fp32: [..., H] -> [H]."""
+    targets = targets.float()
+    return (targets.square() / _energy(targets).unsqueeze(-1)).flatten(0, -2).mean(0)
+
+
+def _energy(hidden: Tensor) -> Tensor:
+    return hidden.square().sum(-1).clamp_min(1e-12)
 
 
 class _TokenLoss(torch.autograd.Function):

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from qatcli.training import autocast
 
-DIVERGENCE_WINDOWS = 8  # at most; each costs a second forward pass of the full-precision model
+# The divergence is of so many windows, or of more if these are short: each costs a second pass of full precision, and
+# below some thousand tokens the mean says more about them than about the models.
+DIVERGENCE_WINDOWS, DIVERGENCE_TOKENS = 8, 8192
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def perplexity(
 def divergence(model: Any, reference: Any, windows: Tensor, *, device: torch.device, dtype: torch.dtype) -> Divergence:
     """Divergence of `model` from `reference` on the first windows of int [W, T]."""
     losses, agreed = [], 0
-    for window in windows[:DIVERGENCE_WINDOWS]:
+    for window in windows[: max(DIVERGENCE_WINDOWS, -(-DIVERGENCE_TOKENS // windows.shape[1]))]:
         ours = F.log_softmax(_logits(model, window[None], device, dtype)[0].float(), dim=-1)
         theirs = F.log_softmax(_logits(reference, window[None], device, dtype)[0].float(), dim=-1)
         losses.append(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).cpu())

@@ -169,9 +169,9 @@ class BlockApSection(Section):
     """Passes over the training windows; 0 trains nothing and leaves the rounded model."""
     batch_size: Count = 2
     """Windows per optimizer step."""
-    loss: Literal["relative", "mse"] = "relative"
-    """`mse` on the block's output, or that error relative to the energy of the target, so that tokens and channels
-    with massive activations do not hide the rest."""
+    loss: Literal["balanced", "relative", "mse"] = "balanced"
+    """`mse` on the block's output; `relative`, that error relative to the energy of each token; `balanced`, to each
+    channel's share of it as well. Massive activations of some tokens or channels then do not hide the rest."""
     lookahead: bool = True
     """Train for the mean of this error and of the one after the next block in full precision. Takes about 1.6 times
     as long."""

@@ -37,6 +37,7 @@ from qatcli.blocktrain import (
     build_student,
     export_students,
     input_hessians,
+    output_errors,
     train_block,
 )
 from qatcli.data import load_windows
@@ -197,8 +198,9 @@ def _train(
     students = build_student(
         block.module, prefix, quants, grids, zero_points=recipe.quant.zero_points, hessians=hessians
     )
+    errors = output_errors(config.loss, held_out, job.device)
     result: BlockResult = train_block(
-        Objective(block.module, block.arguments, config.loss, None if following is None else following.runs),
+        Objective(block.module, block.arguments, errors, None if following is None else following.runs),
         students,
         train,
         held_out,
@@ -212,9 +214,9 @@ def _train(
     others = {f"{prefix}.{n}": t for n, t in state.items() if f"{prefix}.{n.rpartition('.')[0]}" not in quants}
     trained = export_students(students)
     # Against the weights as they were: those of the block are the trained ones now.
-    errors = weight_errors(model.load_block(index, job.device, torch.float32), prefix, trained, block.moments)
+    rounding_errors = weight_errors(model.load_block(index, job.device, torch.float32), prefix, trained, block.moments)
     seconds = round(time.monotonic() - started, 3)
-    event = {**asdict(result), "relative_error": errors, "seconds": seconds}
+    event = {**asdict(result), "relative_error": rounding_errors, "seconds": seconds}
     save_block(job.out, index, trained, others, log=job.log, event=event)
     if result.backoffs:
         job.log.warn(f"block {index}: non-finite loss or gradient {result.backoffs} times; best iterate kept")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM
 
+from qatcli.evaluation import perplexity as module
 from qatcli.evaluation.candidates import full_precision, round_to_nearest
 from qatcli.evaluation.perplexity import DIVERGENCE_WINDOWS, divergence, perplexity
 from qatcli.models.source import open_source
@@ -77,11 +78,14 @@ def test_divergence_is_from_full_precision_to_the_model(model: Any, other: Any, 
     assert 0 < agreement < 1
 
 
-def test_divergence_is_measured_on_the_first_windows(model: Any, other: Any) -> None:
+def test_divergence_is_measured_on_the_first_windows(model: Any, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     many = torch.randint(0, 61, (DIVERGENCE_WINDOWS + 2, 8), dtype=torch.int32)
+    monkeypatch.setattr(module, "DIVERGENCE_TOKENS", 64)
     found = divergence(other, model, many, device=CPU, dtype=FP32)
     assert found.tokens == DIVERGENCE_WINDOWS * 8
     assert found == divergence(other, model, many[:DIVERGENCE_WINDOWS], device=CPU, dtype=FP32)
+    monkeypatch.setattr(module, "DIVERGENCE_TOKENS", 65)
+    assert divergence(other, model, many, device=CPU, dtype=FP32).tokens == 9 * 8
 
 
 def test_round_to_nearest_is_the_model_on_min_max_grids(random_llama: Path, model: Any) -> None:

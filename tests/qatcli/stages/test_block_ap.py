@@ -73,8 +73,10 @@ def outputs(model: Any, tokens: Tensor, replaced: dict[int, Tensor] | None = Non
     return found
 
 
-def relative_error(output: Tensor, target: Tensor) -> float:
-    return float(((output - target).square().mean(-1) / target.square().mean(-1)).mean())
+def balanced_error(output: Tensor, target: Tensor) -> float:
+    energy = target.square().sum(-1, keepdim=True)
+    per_channel = ((output - target).square() / energy).mean((0, 1)) / (target.square() / energy).mean((0, 1))
+    return float(per_channel.mean())
 
 
 @pytest.mark.parametrize("lookahead", [False, True])
@@ -88,10 +90,10 @@ def test_what_blocks_are_measured_against(
     targets, students = outputs(model, held_out.tokens), outputs(quantized, held_out.tokens)
     expected = []
     for index, (student, target) in enumerate(zip(students, targets, strict=True)):
-        error = relative_error(student, target)
+        error = balanced_error(student, target)
         if lookahead and index + 1 < len(targets):
             after_next = outputs(model, held_out.tokens, {index + 1: student})[index + 1]
-            error = (error + relative_error(after_next, targets[index + 1])) / 2
+            error = (error + balanced_error(after_next, targets[index + 1])) / 2
         expected.append(error)
     assert [block["before"] for block in metrics["blocks"]] == pytest.approx(expected, rel=1e-4)
 
