@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from qatcli.activations import advance_stream, fill_stream
 from qatcli.attention import NAME as TILED_ATTENTION
-from qatcli.blocktrain import Objective, Windows, build_student, export_students, output_errors, train_block
+from qatcli.blocktrain import Objective, Windows, build_student, export_students, output_error, train_block
 from qatcli.grid import initial_grid
 from qatcli.linear import PackedLinear, replace_modules
 from qatcli.models.blocks import open_blocks, run_block
@@ -286,7 +286,8 @@ def _train(
     held_out = Windows(setting.windows.inputs[:1], setting.windows.targets[:1])
     config = BlockApSection(epochs=epochs, batch_size=setting.batch, shuffle=False)
     common = {"zero_points": "any", "generator": torch.Generator(), "device": DEVICE, "progress": progress}
-    objective = Objective(block, setting.arguments, output_errors(config.loss, held_out, DEVICE))
+    gains = torch.ones(2 * PAPER_BLOCKS + 1, held_out.inputs.shape[-1], device=DEVICE)  # a whole model's norms
+    objective = Objective(block, setting.arguments, [output_error(config.loss, gains)])
     arguments = (objective, students, setting.windows, held_out, config)
     return block, students, _timed(lambda: train_block(*arguments, **common))
 

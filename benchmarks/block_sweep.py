@@ -30,13 +30,14 @@ from qatcli.blocktrain import (
     Windows,
     build_student,
     input_hessians,
-    output_errors,
+    output_error,
     train_block,
 )
 from qatcli.data import sample_windows
 from qatcli.grid import initial_grid
 from qatcli.losses import token_loss
 from qatcli.models.blocks import BlockModel, open_blocks
+from qatcli.models.gains import gains_behind, stream_gains
 from qatcli.models.source import open_source
 from qatcli.recipe import Recipe, load_recipe
 from qatcli.training import autocast, compute_dtype
@@ -52,6 +53,7 @@ class Setting:
     model: BlockModel
     network: Any
     arguments: list[dict[str, Any]]
+    gains: list[Tensor]
     blocks: range
     inputs: tuple[Tensor, Tensor]
     targets: list[tuple[Tensor, Tensor]]
@@ -92,8 +94,9 @@ def _prepare(recipe: Recipe, blocks: range, device: torch.device) -> Setting:
         seed=config.seed,
     )
     dtype = compute_dtype(recipe.block_ap.amp, device)
-    hidden = model.source.config().get_text_config().hidden_size
+    hidden = model.hidden_size
     arguments = model.block_arguments(config.seq_len, device, torch.float32)
+    gains = stream_gains(model, device)
     flows = []
     for tokens in (windows.train, windows.validation):
         flows.append(torch.empty(*tokens.shape, hidden, dtype=dtype))
@@ -109,7 +112,7 @@ def _prepare(recipe: Recipe, blocks: range, device: torch.device) -> Setting:
             targets.append((flows[0].clone(), flows[1].clone()))
     network = source.load_model(torch.float32, device)
     setting = Setting(
-        model, network, arguments, blocks, inputs, targets, windows.validation.long(), torch.empty(0), device
+        model, network, arguments, gains, blocks, inputs, targets, windows.validation.long(), torch.empty(0), device
     )
     return Setting(**{**vars(setting), "logits": _logits(setting, targets[-1][1])})
 
@@ -138,7 +141,7 @@ def _quantize(recipe: Recipe, setting: Setting) -> tuple[float, list[BlockResult
         unseen = Windows(held_out, held_out_target)
         results.append(
             train_block(
-                Objective(block, arguments, output_errors(recipe.block_ap.loss, unseen, device)),
+                Objective(block, arguments, [output_error(recipe.block_ap.loss, gains_behind(setting.gains, index))]),
                 students,
                 Windows(train, train_target),
                 unseen,

@@ -14,7 +14,7 @@ from qatcli.activations import in_order, read_batches
 from qatcli.gptq import error_feedback
 from qatcli.grid import ZeroPoints
 from qatcli.linear import FakeQuantLinear, replace_modules
-from qatcli.losses import balanced_error, channel_shares, relative_error, squared_error
+from qatcli.losses import normed_error, relative_error, squared_error
 from qatcli.models.blocks import run_block
 from qatcli.packed import ModuleQuant, QuantizedLinear
 from qatcli.recipe.schema import BlockApSection
@@ -123,18 +123,14 @@ def input_hessians(
 Error = Callable[[Tensor, Tensor], Tensor]  # of an output against its target, each [B, T, H]; per token, [B, T]
 
 
-def output_errors(kind: str, windows: Windows, device: torch.device) -> tuple[Error, ...]:
-    """How `block_ap.loss` measures errors against each target of `windows`, whose energy says what is a large one."""
-    targets = windows.streams[1:]
-    if kind == "balanced":
-        return tuple(partial(balanced_error, shares=_shares(stream, device)) for stream in targets)
-    return ({"relative": relative_error, "mse": squared_error}[kind],) * len(targets)
-
-
-def _shares(targets: Tensor, device: torch.device) -> Tensor:
-    """`channel_shares` of a stream, window by window."""
-    batches = read_batches([targets], in_order(len(targets), 1), device)
-    return torch.stack([channel_shares(window) for (window,) in batches]).mean(0)
+def output_error(kind: str, gains: Tensor) -> Error:
+    """How `block_ap.loss` measures the error of a hidden state; `gains` [R, H] are those of the norms behind it."""
+    errors: dict[str, Error] = {
+        "normed": partial(normed_error, gains=gains),
+        "relative": relative_error,
+        "mse": squared_error,
+    }
+    return errors[kind]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SMALLEST_SHARE = 0.01  # of the mean share, so that a channel that is never used does not outweigh the others
+TINY = 1e-12  # energy of a token that has none
 ROWS = 64  # tokens whose fp32 logits exist at a time; with 50k tokens of vocabulary about a CPU's cache
 
 
@@ -45,29 +45,20 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     nothing else is seen. Relative to the token is what the next block sees through its norm.
     """
     target = target.float()
-    return (output.float() - target).square().sum(-1) / _energy(target)
+    return (output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(TINY)
 
 
-def balanced_error(output: Tensor, target: Tensor, shares: Tensor) -> Tensor:
-    """Each token's mean over the channels of error over what the channel's energy should be, fp32: [..., H] -> [...].
+def normed_error(output: Tensor, target: Tensor, gains: Tensor) -> Tensor:
+    """The mean over R norms of each token's relative error behind them, fp32: [..., H] -> [...].
 
-    That is the token's energy times the channel's share of it, `shares` [H] from `channel_shares`. In some models a few
-    channels hold nearly all the energy of every token, the next norm scales them down, and a `relative_error` sees
-    little else. The two are equal where the error is spread as the energy is.
+    gains [R, H] are squared (`qatcli.models.gains`); a norm divides error and target by the same number, which cancels.
+    In some models a few channels hold nearly all energy of every token and the norms scale them down: an error relative
+    to the energy in front of the norms sees little else.
     """
-    target, hidden = target.float(), target.shape[-1]
-    expected = shares.clamp_min(SMALLEST_SHARE / hidden) * hidden
-    return ((output.float() - target).square() / expected).sum(-1) / _energy(target)
-
-
-def channel_shares(targets: Tensor) -> Tensor:
-    """Each channel's share of a token's energy, the mean over the tokens, fp32: [..., H] -> [H]."""
-    targets = targets.float()
-    return (targets.square() / _energy(targets).unsqueeze(-1)).flatten(0, -2).mean(0)
-
-
-def _energy(hidden: Tensor) -> Tensor:
-    return hidden.square().sum(-1).clamp_min(1e-12)
+    with torch.autocast(output.device.type, enabled=False):
+        target = target.float()
+        errors = (output.float() - target).square() @ gains.T
+        return (errors / (target.square() @ gains.T).clamp_min(TINY)).mean(-1)
 
 
 class _TokenLoss(torch.autograd.Function):

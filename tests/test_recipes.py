@@ -23,6 +23,7 @@ OTHERS = {
     *(f"demo/w{bits}g64.yaml" for bits in (2, 3, 4)),
     *(f"smoke/w{bits}g32.yaml" for bits in (2, 3, 4)),
     *(f"smollm2/w{bits}g64{variant}.yaml" for bits in (2, 3, 4) for variant in ("", "-efficientqat")),
+    "gemma3-270m/w3g64.yaml",
     "llama-2-7b/w2g64-alpaca.yaml",
     "llama-3-8b/w2g64-alpaca.yaml",
     "smollm2/w3g64-alpaca.yaml",
@@ -40,6 +41,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-un
         (tmp_path / file).touch()
     monkeypatch.setenv("QAT_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("QAT_SMOLLM2", str(tmp_path / "model"))
+    monkeypatch.setenv("QAT_GEMMA3", str(tmp_path / "model"))
     monkeypatch.setenv("QAT_SMOKE_MODEL", str(tmp_path / "model"))
     monkeypatch.setenv("QAT_SMOKE_TEXT", str(tmp_path / "tiny.jsonl"))
 

@@ -45,9 +45,8 @@ def section(options: ModelOptions) -> EvalSection:
     if options.zero_shot is None and (options.data or options.limit):
         raise UsageError(f"{'--data' if options.data else '--limit'} needs --zero-shot", hint="add --zero-shot paper")
     texts = list(options.text) or ([] if options.zero_shot else ["wikitext2"])
-    window = {"seq_len": options.seq_len, "windows": options.windows}
+    window = {"seq_len": options.seq_len, "windows": options.windows, "bos": "window" if options.bos else None}
     asked = {key: value for key, value in window.items() if value is not None}
-    asked |= {"bos": "window"} if options.bos else {}
     content = {
         "perplexity": [{**_text(text), **asked} for text in texts],
         "kl": options.against is not None,

@@ -33,6 +33,11 @@ class BlockModel:
     def __len__(self) -> int:
         return len(self._blocks())
 
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the hidden states."""
+        return int(self.source.config().get_text_config().hidden_size)
+
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Full name -> linear of one block (on meta)."""
         modules = self._blocks()[index].named_modules()
@@ -42,12 +47,17 @@ class BlockModel:
         """Full module name of one block."""
         return f"{self.prefix}.{index}"
 
-    def load_block(self, index: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """A fresh copy of one block with its full-precision weights."""
+    def load_block(self, index: int, device: torch.device, dtype: torch.dtype, *, linears: bool = True) -> nn.Module:
+        """A fresh copy of one block with its full-precision weights; without `linears` these are zero, and not read."""
         block = copy.deepcopy(self._blocks()[index])
         prefix = self.block_name(index) + "."
-        tensors = self.source.tensors(prefix + name for name in block.state_dict())
-        state = {name.removeprefix(prefix): tensor.to(device, dtype) for name, tensor in tensors.items()}
+        empty = () if linears else tuple(self.linears(index))
+        state = {}
+        for name, skeleton in block.state_dict().items():
+            if (prefix + name).rpartition(".")[0] in empty:
+                state[name] = torch.zeros(skeleton.shape, device=device, dtype=dtype)
+        tensors = self.source.tensors(prefix + name for name in block.state_dict() if name not in state)
+        state |= {name.removeprefix(prefix): tensor.to(device, dtype) for name, tensor in tensors.items()}
         block.load_state_dict(state, assign=True)
         return block.to(device).eval()
 
@@ -67,7 +77,7 @@ class BlockModel:
                 f"{self.source.path}: the tokenizer makes token {int(windows.max())}, the model has {tokens}",
                 hint="tokenizer and weights are of different models; copy the tokenizer files of this one",
             )
-        with self._prelude(device, dtype) as (base, record):
+        with self.prelude(device, dtype) as (base, record):
             for window in windows:
                 base(input_ids=window[None].to(device, torch.long), use_cache=False)
                 yield record.hidden
@@ -75,7 +85,7 @@ class BlockModel:
     @torch.no_grad()
     def block_arguments(self, seq_len: int, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
         """Per block, the keyword arguments that the model passes along with hidden states of length `seq_len`."""
-        with self._prelude(device, dtype) as (base, record):
+        with self.prelude(device, dtype) as (base, record):
             base(input_ids=torch.zeros(1, seq_len, dtype=torch.long, device=device), use_cache=False)
             return [record.arguments[i] for i in range(len(self))]
 
@@ -83,10 +93,10 @@ class BlockModel:
         return self.skeleton.get_submodule(self.prefix)
 
     @contextmanager
-    def _prelude(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[nn.Module, _Record]]:
+    def prelude(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[nn.Module, Record]]:
         """The base model with everything but the blocks loaded and the blocks replaced by recorders."""
         base = self.skeleton.base_model
-        record = _Record()
+        record = Record()
         blocks = self._blocks()
         head = self.skeleton.get_output_embeddings()
         head_names = {id(p) for p in head.parameters()} if head is not None else set()
@@ -112,7 +122,7 @@ class BlockModel:
                     _set_parameter(self.skeleton, name, torch.empty_like(parameter, device="meta"))
 
 
-class _Record:
+class Record:
     """Stands in for the blocks during a forward pass and keeps what they were given."""
 
     def __init__(self) -> None:

@@ -37,12 +37,13 @@ from qatcli.blocktrain import (
     build_student,
     export_students,
     input_hessians,
-    output_errors,
+    output_error,
     train_block,
 )
 from qatcli.data import load_windows
 from qatcli.errors import DivergedError, InputError
 from qatcli.models.blocks import BlockModel, open_blocks
+from qatcli.models.gains import gains_behind, stream_gains
 from qatcli.moments import input_moments, weight_errors
 from qatcli.packed import ModuleQuant, PackedCheckpoint
 from qatcli.progress import Bar
@@ -71,11 +72,13 @@ class _Streams:
 
 @dataclass(frozen=True)
 class _Block:
-    """A full-precision block, its arguments, and the mean square of what each of its linears receives."""
+    """A full-precision block, its arguments, the mean square of what each of its linears receives, and the squared
+    gains [R, H] of the norms behind it."""
 
     module: torch.nn.Module
     arguments: dict[str, Any]
     moments: dict[str, Tensor]
+    gains_behind: Tensor
 
     @property
     def runs(self) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -95,6 +98,7 @@ def run(job: Job) -> dict[str, Any]:
     train = _open_streams(job, model, "train", tokens, budget, dtype)
     held_out = _open_streams(job, model, "validation", held_out_tokens, budget, dtype)
     arguments = model.block_arguments(tokens.shape[1], job.device, torch.float32)
+    gains = stream_gains(model, job.device)
     kept = finished_blocks(job.out)
 
     def full_precision(index: int, *, ahead: bool = False) -> _Block:
@@ -113,7 +117,7 @@ def run(job: Job) -> dict[str, Any]:
                     into=into,
                 )
                 _check_range(into, model.block_name(index))
-        return _Block(block, arguments[index], moments)
+        return _Block(block, arguments[index], moments, gains_behind(gains, index))
 
     with log.progress("block-ap", len(model)) as bar:
         block = full_precision(0)
@@ -198,7 +202,7 @@ def _train(
     students = build_student(
         block.module, prefix, quants, grids, zero_points=recipe.quant.zero_points, hessians=hessians
     )
-    errors = output_errors(config.loss, held_out, job.device)
+    errors = [output_error(config.loss, each.gains_behind) for each in (block, following) if each is not None]
     result: BlockResult = train_block(
         Objective(block.module, block.arguments, errors, None if following is None else following.runs),
         students,
@@ -226,8 +230,7 @@ def _train(
 def _open_streams(
     job: Job, model: BlockModel, name: str, windows: Tensor, budget: StreamBudget, dtype: torch.dtype
 ) -> _Streams:
-    hidden = model.source.config().get_text_config().hidden_size
-    shape = (*windows.shape, hidden)
+    shape = (*windows.shape, model.hidden_size)
     target = budget.allocate(f"{name}-target", shape, dtype)
     student = budget.allocate(f"{name}-student", shape, dtype)
     ahead = job.recipe.block_ap.lookahead and len(model) > 1

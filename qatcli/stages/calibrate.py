@@ -91,7 +91,7 @@ def _blocks_with_moments(job: Job, model: BlockModel, windows: Tensor) -> Any:
     arguments: list[dict[str, Any]] = []
     if len(windows):
         budget = stream_budget(job.device, Path(cache.dir or job.out), device_gb=cache.device_gb, host_gb=cache.host_gb)
-        hidden = model.source.config().get_text_config().hidden_size
+        hidden = model.hidden_size
         stream = budget.allocate("calibrate", (*windows.shape, hidden), dtype)
         fill_stream(stream, model, windows, job.device, dtype)
         arguments = model.block_arguments(windows.shape[1], job.device, torch.float32)

@@ -73,10 +73,11 @@ def outputs(model: Any, tokens: Tensor, replaced: dict[int, Tensor] | None = Non
     return found
 
 
-def balanced_error(output: Tensor, target: Tensor) -> float:
-    energy = target.square().sum(-1, keepdim=True)
-    per_channel = ((output - target).square() / energy).mean((0, 1)) / (target.square() / energy).mean((0, 1))
-    return float(per_channel.mean())
+def normed_error(output: Tensor, target: Tensor, norms: list[nn.Module]) -> float:
+    """What `block_ap.loss: normed` is: the mean relative error behind norms, none of which turns or shifts anything."""
+    gains = [norm.weight.detach() for norm in norms]
+    errors = [((output - target) * gain).square().sum(-1) / (target * gain).square().sum(-1) for gain in gains]
+    return float(torch.stack(errors).mean())
 
 
 @pytest.mark.parametrize("lookahead", [False, True])
@@ -88,12 +89,14 @@ def test_what_blocks_are_measured_against(
     model = AutoModelForCausalLM.from_pretrained(random_llama, dtype=torch.float32).eval()
     quantized = AutoModelForCausalLM.from_pretrained(job.out, dtype=torch.float32).eval()
     targets, students = outputs(model, held_out.tokens), outputs(quantized, held_out.tokens)
+    norms = [norm for block in model.model.layers for norm in (block.input_layernorm, block.post_attention_layernorm)]
+    norms.append(model.model.norm)
     expected = []
     for index, (student, target) in enumerate(zip(students, targets, strict=True)):
-        error = balanced_error(student, target)
+        error = normed_error(student, target, norms[2 * (index + 1) :])
         if lookahead and index + 1 < len(targets):
             after_next = outputs(model, held_out.tokens, {index + 1: student})[index + 1]
-            error = (error + balanced_error(after_next, targets[index + 1])) / 2
+            error = (error + normed_error(after_next, targets[index + 1], norms[2 * (index + 2) :])) / 2
         expected.append(error)
     assert [block["before"] for block in metrics["blocks"]] == pytest.approx(expected, rel=1e-4)
 
