@@ -110,10 +110,11 @@ def _speeds(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
         peak = speed["peak"].get("device_bytes", speed["peak"]["host_bytes"])
         rates = [f"{speed[kind]:,.1f}" for kind in ("prefill", "decode")]
         table.add_row(labels[name], *rates, _mib(speed["weight_bytes"]), _mib(peak))
+    threads = conditions["threads"]
     caption = (
         f"one sequence, {conditions['prompt_tokens']} tokens read, {conditions['new_tokens']} generated, median of "
         f"{conditions['repeats']}, weights and arithmetic in {_types(metrics)}; {conditions['device']}, "
-        f"{conditions['threads']} threads, load {conditions['load']}; peak: what loading and running added"
+        f"{threads} thread{'s' * (threads != 1)}, load {conditions['load']}; peak: what loading and running added"
     )
     return Group(table, Text(caption))
 
