@@ -7,7 +7,7 @@ Blocks FIRST to FIRST + BLOCKS - 1 are quantized one after another as block-ap d
 Printed: the divergence (KL, nats per token) of the model's next-token distribution on held-out windows, then per block
 the held-out loss before training and after every epoch. Fewer windows mean fewer updates, and rates that suit many
 updates look too large with few: the whole chain decides. A variant is a space-separated list of recipe keys, as for
-`qat --set`; quant.bits may be among them.
+`qat --set`; quant.bits may be among them. No block looks ahead here, whatever `block_ap.lookahead` says.
 """
 
 from __future__ import annotations
