@@ -27,7 +27,7 @@ FROZEN = {
     **dict.fromkeys(["calibrate", "block-ap", "e2e-qp", "pack", "import"], STAGE_OPTIONS),
     # A model brings no recipe with it, so the options say what to measure.
     "eval": STAGE_OPTIONS
-    | {"--text", "--seq-len", "--windows", "--zero-shot", "--data", "--limit", "--against", "--no-speed"},
+    | {"--text", "--seq-len", "--bos", "--windows", "--zero-shot", "--data", "--limit", "--against", "--no-speed"},
     "export": STAGE_OPTIONS | {"--format", "--verify", "--no-verify"},
     "run": STAGE_OPTIONS - {"--from"},
     "plan": {"--run", "--set", "--device", "--json"},
@@ -406,6 +406,7 @@ def test_models_are_compared(tmp_path: Path, compared: list[dict[str, Any]]) -> 
         (["r.yaml", "runs/x/pack"], "a recipe is evaluated by itself"),
         (["r.yaml", "--limit", "3"], "--limit is for models"),
         (["r.yaml", "--seq-len", "64"], "--seq-len is for models"),
+        (["r.yaml", "--bos"], "--bos is for models"),
         (["runs/x/pack", "--set", "eval.kl=false"], "are for a recipe"),
         (["runs/x/pack", "--restart"], "are for a recipe"),
         (["runs/x/pack", "--limit", "3"], "--limit needs --zero-shot"),
