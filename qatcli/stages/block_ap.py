@@ -32,6 +32,7 @@ from qatcli.blockfiles import (
 )
 from qatcli.blocktrain import (
     BlockResult,
+    Error,
     Objective,
     Windows,
     build_student,
@@ -72,13 +73,13 @@ class _Streams:
 
 @dataclass(frozen=True)
 class _Block:
-    """A full-precision block, its arguments, the mean square of what each of its linears receives, and the squared
-    gains [R, H] of the norms behind it."""
+    """A full-precision block, its arguments, the mean square of what each of its linears receives, and how the error
+    of its output is measured."""
 
     module: torch.nn.Module
     arguments: dict[str, Any]
     moments: dict[str, Tensor]
-    gains_behind: Tensor
+    error: Error
 
     @property
     def runs(self) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -98,7 +99,7 @@ def run(job: Job) -> dict[str, Any]:
     train = _open_streams(job, model, "train", tokens, budget, dtype)
     held_out = _open_streams(job, model, "validation", held_out_tokens, budget, dtype)
     arguments = model.block_arguments(tokens.shape[1], job.device, torch.float32)
-    gains = stream_gains(model, job.device)
+    errors = _errors(config.loss, model, job.device)
     kept = finished_blocks(job.out)
 
     def full_precision(index: int, *, ahead: bool = False) -> _Block:
@@ -117,7 +118,7 @@ def run(job: Job) -> dict[str, Any]:
                     into=into,
                 )
                 _check_range(into, model.block_name(index))
-        return _Block(block, arguments[index], moments, gains_behind(gains, index))
+        return _Block(block, arguments[index], moments, errors[index])
 
     with log.progress("block-ap", len(model)) as bar:
         block = full_precision(0)
@@ -146,6 +147,13 @@ def run(job: Job) -> dict[str, Any]:
             bar.advance(detail=detail, reused=index in kept)
     finish(job.out, model, recipe.quant)
     return _metrics(job)
+
+
+def _errors(kind: str, model: BlockModel, device: torch.device) -> list[Error]:
+    """How the error of each block's output is measured; the model's norms are read only for the loss that asks them."""
+    none = [torch.empty(0, model.hidden_size, device=device)] * (len(model) + 1)
+    gains = stream_gains(model, device) if kind == "normed" else none
+    return [output_error(kind, gains_behind(gains, index)) for index in range(len(model))]
 
 
 def _check_grids(job: Job, model: BlockModel) -> None:
@@ -202,7 +210,7 @@ def _train(
     students = build_student(
         block.module, prefix, quants, grids, zero_points=recipe.quant.zero_points, hessians=hessians
     )
-    errors = [output_error(config.loss, each.gains_behind) for each in (block, following) if each is not None]
+    errors = [each.error for each in (block, following) if each is not None]
     result: BlockResult = train_block(
         Objective(block.module, block.arguments, errors, None if following is None else following.runs),
         students,
