@@ -180,20 +180,21 @@ def train_block(
     """Train the objective's block in place; with `keep_best` it ends at its best validation loss, the start included.
 
     A non-finite loss or gradient puts the best iterate back, see `Stepper`; a block that keeps failing stays at it.
+    Without epochs, or without a parameter whose rate is not zero, it is only measured.
     """
-    if config.epochs == 0:
-        measured = validation_loss(objective, held_out, config.batch_size, device)
-        return BlockResult(before=measured, after=measured)
-    steps_per_epoch = -(-len(train.inputs) // config.batch_size)
-    schedule = Schedule.of(config.epochs * steps_per_epoch, min_lr_factor=config.min_lr_factor)
-    run = _compiled(device, config.compile)
-    groups = _parameter_groups(objective.block, students, config, schedule, zero_points=zero_points)
-    stepper = Stepper(groups, schedule, dtype=train.inputs.dtype, device=device, grad_clip=config.grad_clip)
 
     def validate() -> float:
         return validation_loss(objective, held_out, config.batch_size, device)
 
     result = BlockResult(before=validate())
+    steps_per_epoch = -(-len(train.inputs) // config.batch_size)
+    schedule = Schedule.of(config.epochs * steps_per_epoch, min_lr_factor=config.min_lr_factor)
+    groups = _parameter_groups(objective.block, students, config, schedule, zero_points=zero_points)
+    if not any(group["peak"] for group in groups):
+        result.after = result.before
+        return result
+    run = _compiled(device, config.compile)
+    stepper = Stepper(groups, schedule, dtype=train.inputs.dtype, device=device, grad_clip=config.grad_clip)
     stepper.offer(result.before)
     step = 0
     for _ in range(config.epochs):
@@ -249,6 +250,10 @@ def _parameter_groups(
     *,
     zero_points: ZeroPoints,
 ) -> list[dict[str, Any]]:
+    """One for every parameter of the block; none without a step."""
+    if schedule.steps == 0:
+        return []
+
     def group(parameter: nn.Parameter, rate: float, unit: float) -> dict[str, Any]:
         return parameter_group(parameter, rate, units=config.lr_units, unit=unit, schedule=schedule)
 
@@ -260,7 +265,7 @@ def _parameter_groups(
     inside = {id(p) for student in students.values() for p in student.parameters()}
     for name, parameter in block.named_parameters():
         if id(parameter) not in inside:
-            # As the reference: every parameter called "weight" trains (the norms), biases do not.
-            rate = config.lr_norms if name.endswith("weight") else 0.0
+            # As the reference: norms train, biases do not. A linear that `quant.skip` names stays as it is.
+            rate = config.lr_norms if name.endswith("weight") and parameter.ndim == 1 else 0.0
             groups.append(group(parameter, rate, float(parameter.detach().abs().mean())))
     return groups

@@ -10,6 +10,7 @@ student's output counts as well.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -222,6 +223,11 @@ def _train(
         device=job.device,
         progress=bar.note,
     )
+    if not math.isfinite(result.after):
+        raise DivergedError(
+            f"block {index} has no finite loss on the held-out windows, before training or after",
+            hint="set block_ap.amp to bfloat16, or to float32 where the device has no bfloat16",
+        )
     state = block.module.state_dict()  # with the buffers that the checkpoint keeps
     others = {f"{prefix}.{n}": t for n, t in state.items() if f"{prefix}.{n.rpartition('.')[0]}" not in quants}
     trained = export_students(students)
@@ -251,10 +257,11 @@ def _open_streams(
 def _metrics(job: Job) -> dict[str, Any]:
     """Summary of all blocks, those of earlier interrupted runs included, from the log."""
     rows = [event for _, event in sorted(block_events(job.out).items())]
+    before = [row["before"] for row in rows if row["before"] is not None]  # null where it was not finite
     return {
         "blocks": [
             {key: row[key] for key in ("index", "before", "after", "epochs", "backoffs", "seconds")} for row in rows
         ],
-        "loss_before": sum(row["before"] for row in rows) / len(rows),
+        "loss_before": sum(before) / len(before) if before else None,
         "loss_after": sum(row["after"] for row in rows) / len(rows),
     }

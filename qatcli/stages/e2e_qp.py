@@ -97,13 +97,12 @@ class _Trainer:
         config, log = self.config, self.job.log
         per_epoch = len(text) // config.batch_size
         steps = config.epochs * per_epoch
-        if steps == 0:
+        schedule = Schedule.of(steps, min_lr_factor=config.min_lr_factor, warmup=config.warmup)
+        groups = self._groups(schedule) if steps else []
+        if not any(group["peak"] for group in groups):
             loss = self.validate(self.dtype)
             return {"steps": 0, "before": loss, "after": loss, "backoffs": 0}
-        schedule = Schedule.of(steps, min_lr_factor=config.min_lr_factor, warmup=config.warmup)
-        stepper = Stepper(
-            self._groups(schedule), schedule, dtype=self.dtype, device=self.job.device, grad_clip=config.grad_clip
-        )
+        stepper = Stepper(groups, schedule, dtype=self.dtype, device=self.job.device, grad_clip=config.grad_clip)
         self.student.train(config.gradient_checkpointing)  # checkpointing only works in training mode
         start, before = self._load(stepper)
         if start == 0:

@@ -320,10 +320,23 @@ def test_zero_points_of_a_symmetric_grid_do_not_move() -> None:
     assert all(bool((student.zero_point == 2).all()) for student in setting.students.values())
 
 
-def test_no_epochs_measure_but_change_nothing() -> None:
+def test_a_linear_that_is_not_quantized_does_not_train() -> None:
+    setting = Setting()
+    skipped = setting.students.pop(f"{PREFIX}.down")
+    setting.block.down = nn.Linear(INNER, HIDDEN, bias=False)
+    with torch.no_grad():
+        setting.block.down.weight.copy_(skipped.weight)
+    before = setting.state()
+    setting.run(keep_best=False)
+    moved = {name for name, tensor in setting.state().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"up.weight", "up.scale", "norm.weight"}
+
+
+@pytest.mark.parametrize("config", [{"epochs": 0}, dict.fromkeys(("lr_weights", "lr_scales", "lr_norms"), 0.0)])
+def test_without_epochs_or_rates_a_block_is_measured_and_not_changed(config: dict[str, Any]) -> None:
     setting = Setting()
     before = setting.state()
-    result = setting.run(epochs=0)
+    result = setting.run(**config)
     assert result.before == result.after == pytest.approx(setting.loss(), rel=1e-4)
     assert result.epochs == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in setting.state().items())

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qatcli.blocktrain import BlockResult, train_block
 from qatcli.data import load_windows, save_windows
 from qatcli.data.windows import WindowSet
 from qatcli.directory import StageDirectory
-from qatcli.errors import InputError
+from qatcli.errors import DivergedError, InputError
 from qatcli.recipe import Recipe
 from qatcli.runlog import RunLog
 from qatcli.stages import Job, block_ap, calibrate
@@ -111,6 +112,34 @@ def test_looking_ahead_resumes_to_the_bit(stages: Callable[..., tuple[Job, dict[
     assert first.read_bytes() == kept
     assert last.read_bytes() == made
     assert [block["after"] for block in again["blocks"]] == [block["after"] for block in metrics["blocks"]]
+
+
+def test_a_block_that_recovered_from_an_overflow_ends_like_any_other(
+    stages: Callable[..., tuple[Job, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_ap, "train_block", overflows(where="before"))
+    _, metrics = stages()
+    assert [block["before"] for block in metrics["blocks"]] == [None] * 3
+    assert metrics["loss_before"] is None
+    assert metrics["loss_after"] > 0
+
+
+def test_a_block_without_a_finite_loss_ends_the_stage(
+    stages: Callable[..., tuple[Job, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(block_ap, "train_block", overflows(where="after"))
+    with pytest.raises(DivergedError, match="block 0"):
+        stages()
+    assert not list((tmp_path / "block-ap").glob("model-block-*"))
+
+
+def overflows(*, where: str) -> Callable[..., BlockResult]:
+    """`train_block`, but its loss `where` ("before" or "after") is infinite."""
+
+    def train(*args: Any, **settings: Any) -> BlockResult:
+        return replace(train_block(*args, **settings), **{where: float("inf")})
+
+    return train
 
 
 @pytest.mark.parametrize(

@@ -177,8 +177,11 @@ def test_the_stage_leaves_its_files_and_what_a_resume_needs_until_the_commit(sta
     assert PackedCheckpoint.open(job.out).modules == PackedCheckpoint.open(job.input.path).modules
 
 
-def test_no_epochs_measure_but_change_nothing(stage: Callable[..., Job]) -> None:
-    job = stage(epochs=0)
+@pytest.mark.parametrize("section", [{"epochs": 0}, {"lr_scales": 0.0}])
+def test_without_epochs_or_rates_scales_are_measured_and_not_changed(
+    stage: Callable[..., Job], section: dict[str, Any]
+) -> None:
+    job = stage(**section)
     metrics = run(job)
     assert metrics["steps"] == 0
     assert metrics["before"] == metrics["after"] > 0
