@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from qatcli import machine
-from qatcli.errors import ResourceError
+from qatcli.errors import DivergedError, ResourceError
 from qatcli.models.blocks import BlockModel, run_block
 from qatcli.training import autocast
 
@@ -192,6 +192,15 @@ def advance_stream(
             with autocast(device, stream.dtype):
                 output = run_block(block, hidden, arguments)
             write(int(rows[0]), output)
+
+
+def check_range(stream: Tensor, name: str) -> None:
+    """DivergedError when a full-precision block's outputs left the range of fp16, which nothing later would mend."""
+    if stream.dtype == torch.float16 and not all(bool(torch.isfinite(window).all()) for window in stream):
+        raise DivergedError(
+            f"{name} of the full-precision model has outputs beyond float16's largest number",
+            hint="set block_ap.amp to bfloat16, or to float32 where the device has no bfloat16",
+        )
 
 
 def _near(stream: Tensor, device: torch.device) -> bool:

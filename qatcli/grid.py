@@ -15,7 +15,6 @@ from torch import Tensor
 from qat_kernels import quantize
 
 ZeroPoints = Literal["any", "central", "middle"]
-METHODS = ("minmax", "absmax", "percentile", "entropy", "mse", "weighted")
 SCALE_MIN, SCALE_MAX = 1e-4, 1e4
 SHRINK = tuple(1.0 - 0.02 * i for i in range(35))  # fractions of the min-max range that the searches try
 HISTOGRAM_BINS = 2048

@@ -34,7 +34,8 @@ QUANT_METHOD = "qat"
 PACKED, SCALE, ZERO_POINT = ".weight_packed", ".weight_scale", ".weight_zero_point"
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
-    *("generation_config.json", "chat_template*"),
+    *("generation_config.json", "chat_template*", "*.tiktoken"),
+    "*.py",  # the model's own code, which its config.json names (model.trust_remote_code)
 )
 
 

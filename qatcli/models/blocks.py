@@ -113,6 +113,7 @@ class BlockModel:
             for module in base.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(device))
+            record.learn(base, device)
             yield base, record
         finally:
             for block in blocks:
@@ -128,32 +129,54 @@ class Record:
     def __init__(self) -> None:
         self.hidden: Tensor = torch.empty(0)
         self.arguments: dict[int, dict[str, Any]] = {}
+        self._tuples = False  # whether the model takes the first of what a block returns (GPT-J, Falcon)
 
     def forward_of(self, index: int) -> Any:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
             if args:
                 raise InputError(
                     f"block {index} takes positional arguments besides the hidden states; unsupported model"
                 )
             if index == 0:
                 self.hidden = hidden_states
+            elif hidden_states.shape != self.hidden.shape:
+                raise _TakesTheFirst
             self.arguments[index] = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
-            return hidden_states
+            return (hidden_states,) if self._tuples else hidden_states
 
         return forward
+
+    @torch.no_grad()
+    def learn(self, base: nn.Module, device: torch.device) -> None:
+        """Find out, on two tokens, what the model takes for a block's output."""
+        try:
+            base(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+        except _TakesTheFirst:
+            self._tuples = True
+
+
+class _TakesTheFirst(Exception):
+    """A block received the first row of the hidden states instead of all."""
 
 
 def open_blocks(source: ModelSource) -> BlockModel:
     """Build the skeleton on meta and find its decoder blocks.
 
-    InputError when no ModuleList has as many entries as the config has hidden layers.
+    InputError when no ModuleList has as many entries as the config has hidden layers, or when the checkpoint's tensors
+    have other names or shapes than the model's parameters. `source.shapes` is empty where only a config is known.
     """
     config = source.config()
     with refused(f"{source.path}: transformers cannot build this model"), init_empty_weights(include_buffers=False):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     skeleton.tie_weights()
-    for name, parameter in skeleton.named_parameters():
-        implied, found = list(parameter.shape), list(source.shapes.get(name, parameter.shape))
+    for name, parameter in skeleton.named_parameters() if source.shapes else ():
+        if name not in source.shapes:
+            raise InputError(
+                f"{source.path} has no tensor `{name}`, which {type(skeleton).__name__} consists of",
+                hint="the checkpoint is incomplete, or of a family whose tensors transformers renames or fuses when it "
+                "loads them (mixtures of experts, models that also see), which qat does not read",
+            )
+        implied, found = list(parameter.shape), list(source.shapes[name])
         if found != implied:
             raise InputError(
                 f"{source.path}: {name} is {found}, but config.json implies {implied}",

@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,8 @@ from qatcli.shards import TensorEntry, read_header, shard_map
 
 FINGERPRINT_BYTES = 1024  # of every tensor
 MOST_LAYERS = 1000
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
+HUB_DUPLICATES = ["consolidated*", "original/*"]  # the same weights once more, in their maker's own layout
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,8 @@ def _download(repo: str, revision: str | None, gguf_file: str | None) -> Path:
     try:
         if gguf_file:
             return _convert_gguf(Path(hf_hub_download(repo, gguf_file, revision=revision)))
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+        patterns = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_DUPLICATES}
+        return Path(snapshot_download(repo, revision=revision, **patterns))
     except HFValidationError as error:
         raise InputError(f"model.source {repo} is neither a folder, a GGUF file nor a hub id") from error
     except Exception as error:  # the hub client raises a different class for every way a network fails
@@ -186,13 +187,15 @@ def _convert_gguf(file: Path) -> Path:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    try:
-        temporary.rename(target)
-    except OSError:  # another process converted the same file meanwhile
-        shutil.rmtree(temporary)
+    with tempfile.TemporaryDirectory(prefix=target.name, dir=target.parent, ignore_cleanup_errors=True) as temporary:
+        made = Path(temporary, "model")
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        try:
+            made.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process converted the same file meanwhile
+                raise
     return target
 
 

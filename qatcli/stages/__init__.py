@@ -223,10 +223,16 @@ def _settings(keys: Iterable[str], recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_model(job: Job) -> ModelSource:
-    """The recipe's full-precision model. InputError when the job's input was made from another one."""
+    """The recipe's full-precision model. InputError when it is not, or the job's input was made from another one."""
     from qatcli.models.source import open_source
+    from qatcli.packed import read_config
 
     source = open_source(**job.recipe.model.model_dump())
+    if "quantization_config" in read_config(source.path):
+        raise InputError(
+            f"model.source {job.recipe.model.source} is quantized already: its config.json has a quantization_config",
+            hint="give the full-precision model; `qat import` and `qat eval` read quantized ones",
+        )
     made_from = _fingerprint(job.source)
     if made_from not in (None, source.fingerprint):
         raise InputError(

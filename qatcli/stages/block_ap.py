@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatcli.activations import StreamBudget, advance_stream, fill_stream, stream_budget
+from qatcli.activations import StreamBudget, advance_stream, check_range, fill_stream, stream_budget
 from qatcli.attention import use_tiled_attention
 from qatcli.blockfiles import (
     block_events,
@@ -118,7 +118,7 @@ def run(job: Job) -> dict[str, Any]:
                     device=job.device,
                     into=into,
                 )
-                _check_range(into, model.block_name(index))
+                check_range(into, model.block_name(index))
         return _Block(block, arguments[index], moments, errors[index])
 
     with log.progress("block-ap", len(model)) as bar:
@@ -173,15 +173,6 @@ def _check_grids(job: Job, model: BlockModel) -> None:
 
 def _grid_in_words(quant: ModuleQuant | None) -> str:
     return "full precision" if quant is None else f"{quant.bits} bits in groups of {quant.group_size}"
-
-
-def _check_range(stream: Tensor, name: str) -> None:
-    """DivergedError when a full-precision block's outputs left the range of fp16, which nothing later would mend."""
-    if stream.dtype == torch.float16 and not all(bool(torch.isfinite(window).all()) for window in stream):
-        raise DivergedError(
-            f"{name} of the full-precision model has outputs beyond float16's largest number",
-            hint="set block_ap.amp to bfloat16, or to float32 where the device has no bfloat16",
-        )
 
 
 def _train(

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from qat_kernels import quantize
-from qatcli.activations import SWEEP_BATCH, advance_stream, fill_stream, stream_budget
+from qatcli.activations import SWEEP_BATCH, advance_stream, check_range, fill_stream, stream_budget
 from qatcli.attention import use_tiled_attention
 from qatcli.blockfiles import block_quants, finish, finished_blocks, save_block
 from qatcli.data import check_source, load_windows, sample_windows, save_windows
 from qatcli.data.store import FILE as WINDOWS
+from qatcli.directory import write_json
 from qatcli.grid import initial_grid, relative_error
 from qatcli.memory import release_memory
 from qatcli.models.blocks import BlockModel, open_blocks
@@ -71,7 +72,7 @@ def run(job: Job) -> dict[str, Any]:
             block_errors = [errors[name] for name in quants[index]]
             bar.advance(detail=f"relative error {sum(block_errors) / max(1, len(block_errors)):.4f}")
     finish(job.out, model, recipe.quant)
-    (job.out / "layer-errors.json").write_text(json.dumps(errors, indent=2) + "\n")
+    write_json(job.out / "layer-errors.json", errors)
     worst = sorted(errors, key=lambda name: errors[name], reverse=True)[:WORST]
     data = json.loads((job.out / "data.json").read_text())
     return {
@@ -101,6 +102,7 @@ def _blocks_with_moments(job: Job, model: BlockModel, windows: Tensor) -> Any:
         if len(windows):
             with input_moments(block, model.block_name(index)) as moments:
                 advance_stream(stream, block, arguments[index], batch_size=SWEEP_BATCH, device=job.device)
+            check_range(stream, model.block_name(index))
         yield index, block, moments
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,6 @@ from torch import Tensor
 
 from qatcli.grid import (
     HISTOGRAM_BINS,
-    METHODS,
     SHRINK,
     ZeroPoints,
     entropy_shrink,
@@ -19,7 +20,9 @@ from qatcli.grid import (
     initial_grid,
     relative_error,
 )
+from qatcli.recipe.schema import QuantSection
 
+METHODS = get_args(QuantSection.model_fields["init"].annotation)
 ROWS, COLUMNS = 4, 96
 ZERO_POINTS: tuple[ZeroPoints, ...] = ("any", "central", "middle")
 QUICK = settings(max_examples=40, deadline=None)

@@ -41,6 +41,7 @@ config("layers is null", "transformers does not accept", lambda c: c.update(num_
 config("other sizes than the weights", "config.json implies", lambda c: c.update(hidden_size=128))
 config("unknown model_type", "transformers does not accept", lambda c: c.update(model_type="never-heard-of"))
 config("model_type is a list", "transformers does not accept", lambda c: c.update(model_type=["llama"]))
+config("quantized already", "is quantized already", lambda c: c.update(quantization_config={"quant_method": "fp8"}))
 config("attention code of the hub", "asks for code from the hub", lambda c: c.update(attn_implementation="evil/kernel"))
 config("weights named elsewhere", "", lambda c: c.update(transformers_weights="../outside/x.bin", hidden_size=65))
 raw_config("empty", "malformed", b"")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +33,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-query-norms": ("Qwen3Config", {}),
     "gemma3-sliding-and-full": ("Gemma3TextConfig", GEMMA3),
     "mistral-sliding": ("MistralConfig", {"sliding_window": 6}),
+}
+# Their blocks return tuples, of which the model takes the first.
+TUPLES: dict[str, dict[str, Any]] = {
+    "GPTJConfig": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "FalconConfig": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "alibi": False},
 }
 
 
@@ -64,6 +70,18 @@ def test_the_blocks_in_turn_are_the_model(family: Path, windows: Tensor) -> None
     with torch.no_grad():
         expected = whole(input_ids=windows.long()).logits
         logits = whole.lm_head(whole.model.norm(run_all_blocks(model, windows)))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("config_class", TUPLES)
+def test_blocks_that_return_tuples_are_the_model_too(config_class: str, windows: Tensor, tmp_path: Path) -> None:
+    config = getattr(transformers, config_class)(vocab_size=61, **TUPLES[config_class])
+    whole = AutoModelForCausalLM.from_config(config, dtype=FP32).eval()
+    whole.save_pretrained(tmp_path)
+    model = open_blocks(open_source(str(tmp_path)))
+    with torch.no_grad():
+        expected = whole(input_ids=windows.long()).logits
+        logits = whole.lm_head(whole.base_model.ln_f(run_all_blocks(model, windows)))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -170,10 +188,24 @@ def test_an_incomplete_checkpoint_names_the_tensor(random_llama: Path, tmp_path:
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    model = open_blocks(open_source(str(tmp_path / "model")))
-    model.load_block(0, CPU, FP32)
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        model.load_block(1, CPU, FP32)
+        open_blocks(open_source(str(tmp_path / "model")))
+
+
+def test_a_family_whose_tensors_are_renamed_on_loading_is_refused_at_once(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has no tensor") as caught:
+        open_blocks(open_source(str(tmp_path)))
+    assert "mixtures of experts" in str(caught.value.hint)
 
 
 def custom_model(folder: Path, *, blocks: str, decoy: bool) -> Path:
@@ -218,5 +250,8 @@ class OddForCausalLM(PreTrainedModel, GenerationMixin):
     (folder / "config.json").write_text(json.dumps(config))
     from safetensors.torch import save_file
 
-    save_file({"unused": torch.zeros(1)}, folder / "model.safetensors")
+    model = AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True
+    )
+    save_file(model.state_dict(), folder / "model.safetensors")
     return folder

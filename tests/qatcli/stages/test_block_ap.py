@@ -26,12 +26,12 @@ SEQ_LEN, VOCABULARY = 12, 61
 
 @pytest.fixture
 def stages(random_llama: Path, tmp_path: Path) -> Callable[..., tuple[Job, dict[str, Any]]]:
-    """A function that calibrates on random windows and runs block-ap: (**block_ap) -> its job and its metrics."""
+    """A function that calibrates on random windows and runs block-ap: (model, **block_ap) -> its job and its metrics."""
 
-    def chain(**section: Any) -> tuple[Job, dict[str, Any]]:
+    def chain(model: Path = random_llama, **section: Any) -> tuple[Job, dict[str, Any]]:
         recipe = Recipe.model_validate(
             {
-                "model": {"source": str(random_llama)},
+                "model": {"source": str(model)},
                 "quant": {"bits": 2, "group_size": 16},
                 "calibrate": {"data": [{"source": "./not-read.txt"}], "samples": 8, "validation_samples": 4}
                 | {"seq_len": SEQ_LEN, "moment_samples": 4},
@@ -112,6 +112,18 @@ def test_looking_ahead_resumes_to_the_bit(stages: Callable[..., tuple[Job, dict[
     assert first.read_bytes() == kept
     assert last.read_bytes() == made
     assert [block["after"] for block in again["blocks"]] == [block["after"] for block in metrics["blocks"]]
+
+
+def test_a_model_that_overflows_is_refused_before_anything_is_rounded(
+    stages: Callable[..., tuple[Job, dict[str, Any]]], random_llama: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(random_llama)
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e7
+    model.save_pretrained(tmp_path / "large")
+    with pytest.raises(DivergedError, match=r"model\.layers\.1 of the full-precision model"):
+        stages(tmp_path / "large", amp="float16")
+    written = {file.name for file in (tmp_path / "calibrate").glob("model-block-*")}
+    assert written == {"model-block-0000.safetensors"}
 
 
 def test_a_block_that_recovered_from_an_overflow_ends_like_any_other(
