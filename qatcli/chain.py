@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from qatcli import report
-from qatcli.directory import StageDirectory, open_stage
+from qatcli.directory import StageDirectory, open_stage, recorded_digest, write_json
 from qatcli.errors import InputError, UsageError
 from qatcli.evaluation.options import ModelOptions, is_recipe, section
 from qatcli.expectations import check
+from qatcli.inputs import read_json
 from qatcli.recipe import Recipe, load_recipe, recipe_name, untrained_gptq
 from qatcli.runlog import RunLog, duration, wide
 from qatcli.stages import choose_device, run_stage
 
 CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")
+RESTART = "restart.json"  # in a run directory: the digests of the results that a `qat run --restart` replaces
 
 
 def run_one(
@@ -122,10 +124,15 @@ def run_all(
     """Run the chain and summarize it. Perplexities are of the recipe's first evaluation text."""
     recipe, run_dir, log = _begin(recipe_file, overrides, run_dir, verbosity)
     done: dict[str, StageDirectory] = {}
+    replaced = _replaced(run_dir, restart=restart)
     try:
         for stage in CHAIN:
-            done[stage] = _run_stage(stage, recipe, run_dir, restart=restart, device=device, log=log)
+            digest = recorded_digest(run_dir / stage)
+            outdated = digest is not None and digest == replaced.get(stage)
+            how = {"restart": restart, "outdated": outdated, "device": device, "log": log}
+            done[stage] = _run_stage(stage, recipe, run_dir, **how)
             _update_report(run_dir, log, under_way=stage != CHAIN[-1])
+        (run_dir / RESTART).unlink(missing_ok=True)
     except BaseException:
         _update_report(run_dir, log)
         raise
@@ -159,6 +166,18 @@ def _run_stage(stage: str, recipe: Recipe, run_dir: Path, *, source: Path | None
     if stage == "eval" and "gptq" in recipe.eval.baselines and calibration.is_dir():
         run_stage("block-ap", untrained_gptq(recipe), run_dir / "gptq", source=calibration, **how)
     return run_stage(stage, recipe, run_dir, source=source, **how)
+
+
+def _replaced(run_dir: Path, *, restart: bool) -> dict[str, str]:
+    """Stage -> digest of its result, where `qat run --restart` replaces it: this one, or one that was interrupted.
+
+    Kept in a file: what the interrupted one did not reach was made from results that are gone, and would be refused.
+    """
+    file = run_dir / RESTART
+    if restart and run_dir.is_dir():
+        found = {stage: recorded_digest(run_dir / stage) for stage in CHAIN}
+        write_json(file, {stage: digest for stage, digest in found.items() if digest is not None})
+    return read_json(file) if file.is_file() else {}
 
 
 def _update_report(run_dir: Path, log: RunLog, *, under_way: bool = False) -> None:

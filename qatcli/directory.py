@@ -203,6 +203,11 @@ def is_begun(path: Path, identity: dict[str, Any]) -> bool:
     return file.is_file() and read_json(file) == identity
 
 
+def recorded_digest(path: Path) -> str | None:
+    """The digest that the finished stage `path` says it has, unverified; None if there is none."""
+    return read_json(path / STAGE_FILE).get("digest") if (path / STAGE_FILE).is_file() else None
+
+
 def refuse_changes(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
     """InputError that names every difference between what `path` was made from and what is asked now."""
     changes = [f"  {key}: was {before}, is {after}" for key, before, after in _differences(old, new)]

@@ -100,12 +100,14 @@ def run_stage(
     variant: str = "",
     source: Path | None = None,
     restart: bool = False,
+    outdated: bool = False,
     device: str | None = None,
     log: RunLog | None = None,
 ) -> StageDirectory:
     """Run one stage to its end, or return its directory if the same recipe and input already finished it.
 
-    With a `variant` the directory is `<stage>/<variant>`. Resumes an interrupted run of the same stage.
+    With a `variant` the directory is `<stage>/<variant>`. Resumes an interrupted run of the same stage. `restart` makes
+    it again from nothing, `outdated` what is finished, but not what is begun.
     Errors: InputError when recipe or input differ from what is there, or the input is missing or damaged; UsageError
     when another process is at work; and whatever the stage raises.
     """
@@ -120,7 +122,9 @@ def run_stage(
         given = _open_input(stage, recipe, run_dir, source)
         identity = _identity(stage, recipe, given) | ({"variant": variant} if variant else {})
         # Unfinished work of the same identity beside a finished stage is an interrupted --restart: it is continued.
-        if path.is_dir() and not restart and not directory.is_begun(path, identity):
+        begun = directory.is_begun(path, identity)
+        restart |= outdated and not begun
+        if path.is_dir() and not restart and not begun:
             finished = directory.open_stage(path)
             directory.refuse_changes(finished.facts["identity"], identity, path)
             log.say(f"{name}: already finished in {path}")

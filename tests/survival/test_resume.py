@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from harness import Chain, Fault, Row, Served, Spawned, contents, environment, random_fault
 
+from qatcli.chain import CHAIN
+from qatcli.directory import open_stage
+
 
 def check(row: Row, code: int) -> None:
     assert row.code == code, row.sentence
@@ -97,6 +100,25 @@ def test_an_interrupted_restart_keeps_the_old_result_and_is_continued(chain: Cha
     assert chain.launch(chain.command("block-ap", run)).code == 0
     assert (run / "block-ap" / partial.name).stat().st_ino == made
     assert chain.compare("block-ap", run) == []
+
+
+def test_an_interrupted_restart_of_the_chain_is_continued_to_its_end(chain: Chain) -> None:
+    """The stages that it did not reach were made from results that are gone; those it made are kept."""
+    run = chain.folder / "chain"
+    for stage in CHAIN:
+        shutil.copytree(chain.reference / stage, run / stage)
+    command = [*chain.command("run", run), "--set", "block_ap.lr_norms=0.2"]
+    within_block_ap = {"under": str(run), "kind": "save", "at": 7, "fault": "SIGTERM"}
+    stopped = chain.launch([*command, "--restart"], within_block_ap)
+    assert stopped.code == 130, stopped.stderr
+    made = (run / "block-ap.partial" / "model-block-0000.safetensors").stat().st_ino
+    finished = chain.launch(command)
+    assert finished.code == 0, finished.stderr
+    assert (run / "block-ap" / "model-block-0000.safetensors").stat().st_ino == made
+    stages = [open_stage(run / stage) for stage in CHAIN]
+    inputs = [stage.facts["identity"]["input"] for stage in stages[1:]]
+    assert inputs == [stage.digest for stage in stages[:-1]]
+    assert not (run / "restart.json").exists()
 
 
 def test_what_does_not_change_the_result_may_change_on_a_resume(chain: Chain) -> None:
