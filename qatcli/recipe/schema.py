@@ -246,7 +246,7 @@ class E2eQpSection(Section):
     grad_clip: Positive | None = 1.0
     """Largest norm of the gradient; null does not clip."""
     gradient_checkpointing: bool = True
-    """Recompute each block in the backward pass: less memory, more time, the same result."""
+    """Recompute each block in the backward pass: less memory, more time, the same result (but dropout acts if any)."""
     amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Arithmetic of the model; `auto` is bfloat16 where the hardware has it, float16 scales its losses. Trained
     parameters are always fp32."""
@@ -262,7 +262,8 @@ class PackSection(Section):
     scale_dtype: Literal["float16", "float32"] = "float16"
     """Stored type of the scales."""
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    """Stored type of everything that is not quantized; `auto` keeps the source's."""
+    """Stored type of everything that is not quantized, and the type to compute in that config.json states. `auto` keeps
+    the source's, but stores float32 as float16."""
 
 
 class ExportSection(Section):

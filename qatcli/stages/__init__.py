@@ -263,6 +263,8 @@ def choose_device(name: str | None) -> torch.device:
         raise UsageError(f"--device {name} is not supported", hint="use cpu, cuda or cuda:1")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: torch sees no CUDA device", hint="use --device cpu, or see `qat doctor`")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()}, counted from 0")
     return device
 
 

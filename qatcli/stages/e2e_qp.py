@@ -110,16 +110,18 @@ class _Trainer:
             stepper.offer(before)
             log.event("validation", step=0, loss=before)
         with log.progress("e2e-qp", steps, done=start) as bar:
+            made = start
             for step in range(start, steps):
+                made = step + 1
                 loss = self._update(stepper, step, text, self._batch(step, per_epoch, len(text)))
-                log.event("step", step=step + 1, loss=loss, backoffs=stepper.backoffs)
+                log.event("step", step=made, loss=loss, backoffs=stepper.backoffs)
                 if stepper.exhausted:
                     break
-                if step + 1 == steps or (step + 1) % config.checkpoint_every == 0:
+                if made == steps or made % config.checkpoint_every == 0:
                     held_out = self.validate(stepper.dtype)
-                    log.event("validation", step=step + 1, loss=held_out)
+                    log.event("validation", step=made, loss=held_out)
                     stepper.offer(held_out, always=not config.keep_best)
-                    self._save(stepper, step + 1, before)
+                    self._save(stepper, made, before)
                 detail, group = f"loss {loss:.4f} held-out {stepper.best_loss:.4f}", stepper.optimizer.param_groups[0]
                 bar.advance(detail=detail, lr=group["lr"], tokens=config.batch_size * text.tokens.shape[1])
         if stepper.backoffs:
@@ -131,7 +133,7 @@ class _Trainer:
                 hint="inspect the input with `qat eval`, or set e2e_qp.amp=float32 if it overflows",
             )
         return {
-            "steps": steps,
+            "steps": made,
             "before": before,
             "after": stepper.best_loss,
             "backoffs": stepper.backoffs,

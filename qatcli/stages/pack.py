@@ -21,6 +21,9 @@ from qatcli.sizes import bits_per_weight
 from qatcli.stages import Job
 
 
+DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json: transformers 5's, and what other readers know
+
+
 def run(job: Job) -> dict[str, Any]:
     """Rewrite the shards in their published precision."""
     checkpoint = PackedCheckpoint.open(job.input.path)
@@ -39,25 +42,27 @@ def run(job: Job) -> dict[str, Any]:
                 largest = max(largest, float(((rounded.float() - tensor) / tensor).abs().max()))
                 _check_finite(name, rounded)
                 tensor = rounded
-            elif name not in kept and tensor.is_floating_point() and dense_dtype is not None:
+            elif name not in kept and tensor.is_floating_point():
                 tensor = tensor.to(dense_dtype)
                 _check_finite(name, tensor)
             writer.add(name, tensor)
             bar.advance()
     writer.close()
     config["quantization_config"]["scale_dtype"] = job.recipe.pack.scale_dtype
+    if job.recipe.pack.dtype != "auto":
+        config |= dict.fromkeys(DTYPE_KEYS, job.recipe.pack.dtype)
     write_config(job.out, config)
     for file in checkpoint.companion_files():
         shutil.copyfile(file, job.out / file.name)
     return {"largest_relative_scale_rounding": largest, **bits_per_weight(PackedCheckpoint.open(job.out))}
 
 
-def _dense_dtype(choice: str, config: dict[str, Any]) -> torch.dtype | None:
-    """Stored type of what is not quantized; fp32 sources are published in fp16, which keeps more of them than bf16."""
-    if choice != "auto":
-        return getattr(torch, choice)
-    source = config.get("dtype") or config.get("torch_dtype")
-    return torch.float16 if source in (None, "float32") else None
+def _dense_dtype(choice: str, config: dict[str, Any]) -> torch.dtype:
+    """Stored type of what is not quantized; of fp32 sources fp16 keeps more than bf16."""
+    source = next((config[key] for key in DTYPE_KEYS if config.get(key)), "float32")
+    name = {"float32": "float16"}.get(source, source) if choice == "auto" else choice
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
