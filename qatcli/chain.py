@@ -129,8 +129,7 @@ def run_all(
         for stage in CHAIN:
             digest = recorded_digest(run_dir / stage)
             outdated = digest is not None and digest == replaced.get(stage)
-            how = {"restart": restart, "outdated": outdated, "device": device, "log": log}
-            done[stage] = _run_stage(stage, recipe, run_dir, **how)
+            done[stage] = _run_stage(stage, recipe, run_dir, restart=restart, outdated=outdated, device=device, log=log)
             _update_report(run_dir, log, under_way=stage != CHAIN[-1])
         (run_dir / RESTART).unlink(missing_ok=True)
     except BaseException:

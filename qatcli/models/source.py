@@ -101,6 +101,23 @@ def refused(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {reason}", hint="check or replace the files of the model") from error
 
 
+@contextmanager
+def fetching(repo: str) -> Iterator[None]:
+    """InputError for whatever goes wrong between the hub and us."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except Exception as error:  # the hub client raises a different class for every way a network fails
+        if any(isinstance(each, HFValidationError) for each in (error, error.__cause__)):
+            hint = "give the path of a folder or file that exists, or a name such as meta-llama/Llama-2-7b-hf"
+            raise InputError(f"model.source {repo} is neither a folder, a GGUF file nor a hub id", hint=hint) from error
+        raise InputError(
+            f"model.source {repo} could not be fetched from the hub: {error}",
+            hint="check the name and the network, log in for gated models, or give a local folder",
+        ) from error
+
+
 def open_source(
     source: str, *, revision: str | None = None, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> ModelSource:
@@ -155,20 +172,14 @@ def converted(file: Path) -> Path:
 
 def _download(repo: str, revision: str | None, gguf_file: str | None) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
-    try:
-        if gguf_file:
-            return _convert_gguf(Path(hf_hub_download(repo, gguf_file, revision=revision)))
-        patterns = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_DUPLICATES}
-        return Path(snapshot_download(repo, revision=revision, **patterns))
-    except HFValidationError as error:
-        raise InputError(f"model.source {repo} is neither a folder, a GGUF file nor a hub id") from error
-    except Exception as error:  # the hub client raises a different class for every way a network fails
-        raise InputError(
-            f"model.source {repo} could not be fetched from the hub: {error}",
-            hint="check the name and the network, log in for gated models, or give a local folder",
-        ) from error
+    with fetching(repo):
+        if not gguf_file:
+            return Path(
+                snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES)
+            )
+        file = Path(hf_hub_download(repo, gguf_file, revision=revision))
+    return _convert_gguf(file)
 
 
 def _convert_gguf(file: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import AutoConfig
 from qatcli.blockfiles import block_quants
 from qatcli.linear import replace_modules
 from qatcli.models.blocks import BlockModel, open_blocks
-from qatcli.models.source import ModelSource, check_config, converted, refused
+from qatcli.models.source import ModelSource, check_config, converted, fetching, refused
 from qatcli.packed import ModuleQuant
 from qatcli.plan.tracing import CPU, LINEARS, Passes, trace, without_data
 from qatcli.recipe.schema import ModelSection, QuantSection
@@ -54,7 +55,8 @@ class _Configuration:
                     return AutoConfig.from_pretrained(kept, **options)
                 return AutoConfig.from_pretrained(Path(source).parent, gguf_file=Path(source).name, **options)
             named = {key: value for key in ("revision", "gguf_file") if (value := getattr(self.section, key))}
-            return AutoConfig.from_pretrained(source, **named, **options)
+            with nullcontext() if Path(source).is_dir() else fetching(source):
+                return AutoConfig.from_pretrained(source, **named, **options)
 
     def config(self) -> Any:
         return self._config

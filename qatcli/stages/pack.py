@@ -20,7 +20,6 @@ from qatcli.shards import ShardWriter
 from qatcli.sizes import bits_per_weight
 from qatcli.stages import Job
 
-
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json: transformers 5's, and what other readers know
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import qatcli
 from qatcli import errors, interrupts
 from qatcli.cli import app
-from qatcli.stages import STAGES
+from qatcli.stages import STAGES, choose_device
 
 STAGE_OPTIONS = {"--run", "--from", "--set", "--restart", "--device", "--json", "-q", "--quiet", "-v", "--verbose"}
 FROZEN = {
@@ -225,6 +225,14 @@ def test_a_device_that_is_not_there(
     assert said in done.stderr
     assert "hint: use" in done.stderr
     assert (partial / "resume.json").is_file(), "a slip of the keyboard costs no finished work"
+
+
+def test_a_gpu_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(errors.UsageError, match="--device cuda:2: there are 2"):
+        choose_device("cuda:2")
 
 
 def test_a_missing_input_exits_3(recipe: Path, tmp_path: Path) -> None:

@@ -276,3 +276,9 @@ def test_a_shard_without_the_tensor_that_the_index_promises(checkpoint: Path) ->
     save_file({"other": torch.zeros(1)}, checkpoint / opened.shards[name])
     with pytest.raises(InputError, match=name):
         opened.tensor(name)
+
+
+def test_the_code_of_a_model_travels_with_it(tmp_path: Path) -> None:
+    for name in ("config.json", "modeling_odd.py", "odd.tiktoken", "tokenizer.json", "notes.md", "model.safetensors"):
+        (tmp_path / name).touch()
+    assert [file.name for file in companion_files(tmp_path)] == ["modeling_odd.py", "odd.tiktoken", "tokenizer.json"]

@@ -71,3 +71,10 @@ def test_packed_bytes_are_those_of_the_tensors(bits: int, group_size: int) -> No
 def test_no_configuration(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="configuration"):
         planned(tmp_path)
+
+
+def test_a_model_that_the_hub_does_not_give_is_said_so() -> None:
+    """The plan is what stands in front of every stage: it must not blame a file that was never there."""
+    with pytest.raises(InputError, match="owner/model could not be fetched from the hub") as caught:  # it is off here
+        PlannedModel(ModelSection(source="owner/model"), QuantSection(bits=2, group_size=64))
+    assert "gated" in str(caught.value.hint)

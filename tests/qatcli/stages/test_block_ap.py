@@ -26,7 +26,7 @@ SEQ_LEN, VOCABULARY = 12, 61
 
 @pytest.fixture
 def stages(random_llama: Path, tmp_path: Path) -> Callable[..., tuple[Job, dict[str, Any]]]:
-    """A function that calibrates on random windows and runs block-ap: (model, **block_ap) -> its job and its metrics."""
+    """A function that calibrates on random windows and runs block-ap: (model, **block_ap) -> its job, its metrics."""
 
     def chain(model: Path = random_llama, **section: Any) -> tuple[Job, dict[str, Any]]:
         recipe = Recipe.model_validate(
