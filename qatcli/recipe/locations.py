@@ -63,12 +63,17 @@ def absolute(path: str, folder: Path) -> str:
 def resolve_source(source: str, folder: Path) -> str:
     """A model's or data set's source: hub ids unchanged, paths and globs absolute.
 
-    Raises ValueError if the path does not exist, the glob matches nothing, or it is neither a path nor a hub id.
+    Raises ValueError if the path does not exist, the glob matches nothing, it is neither a path nor a hub id, or a hub
+    id that is also a folder here: which of the two is read would depend on where the command runs.
     """
     if is_local(source):
         return _existing(source, folder)
     if not _HUB_ID.fullmatch(source):
         raise ValueError("is not a hub id (owner/name); write a local path as ./path or /path")
+    for here in (folder, Path()):
+        if (here / source).exists():
+            place = here.resolve() / source
+            raise ValueError(f"is a hub id, and there is {place}; write a local path as ./path or /path")
     return source
 
 

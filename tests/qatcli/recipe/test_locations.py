@@ -84,6 +84,18 @@ def test_neither_a_path_nor_a_hub_id(source: str, tmp_path: Path) -> None:
         resolve_source(source, tmp_path)
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_hub_id_that_is_also_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool) -> None:
+    recipes, work = tmp_path / "recipes", tmp_path / "work"
+    for folder in (recipes, work):
+        folder.mkdir()
+    monkeypatch.chdir(work)
+    assert resolve_source("owner/name", recipes) == "owner/name"
+    ((work if elsewhere else recipes) / "owner" / "name").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"and there is .*/owner/name; write a local path as \./path"):
+        resolve_source("owner/name", recipes)
+
+
 def test_a_text_is_a_path_unless_built_in(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file or folder"):
         resolve_text("wikitext3", tmp_path)
