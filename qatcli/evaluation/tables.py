@@ -53,8 +53,9 @@ def _texts(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
             row += [_number(apart.get(key), form) for key, form in _DIVERGENCE]
         table.add_row(*row)
     lines = [
-        f"{name}: {Path(p['file'] or p['source']).name}, {p['read']}, {p['windows']} windows of {p['context']} tokens, "
-        f"{p['cut']}, {'each behind the first token, ' if p.get('bos') == 'window' else ''}{p['compute']}"
+        f"{name}: {Path(p['file'] or p['source']).name}, {p['read']}, {_windows(p['windows'], labels)} of "
+        f"{p['context']} tokens, {p['cut']}, "
+        f"{'each behind the first token, ' if p.get('bos') == 'window' else ''}{p['compute']}"
         for name, p in protocol.items()
     ]
     tokens = {part["tokens"] for found in metrics["models"].values() for part in found["divergence"].values()}
@@ -64,6 +65,12 @@ def _texts(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
             "top-1: how often both predict the same token"
         )
     return Group(table, Text("\n".join(lines)))
+
+
+def _windows(count: int | dict[str, int], labels: dict[str, str]) -> str:
+    if isinstance(count, int):
+        return f"{count} windows"
+    return ", ".join(f"{each} windows ({labels[name]})" for name, each in count.items())
 
 
 def _tasks(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
