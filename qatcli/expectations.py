@@ -69,6 +69,12 @@ def _is_a_loss(metric: object) -> bool:
     return "perplexity" in str(metric) or "bits_per" in str(metric)
 
 
+def is_accuracy(metric: object) -> bool:
+    """Whether lm-eval's metric of this name is a share of right answers, told in percent and fit for a mean."""
+    words = str(metric).split("_")
+    return metric in ("exact_match", "em") or "acc" in words or "accuracy" in words
+
+
 def check(expect: Mapping[str, Mapping[str, float]], metrics: Mapping[str, Any]) -> list[Outcome]:
     """Every expectation of a recipe (as `model_dump` gives it) against an evaluation's metrics."""
     measured = figures(metrics)

@@ -81,9 +81,10 @@ class PackedLinear(nn.Module):
         """Zero points uint8 [N, G], unpacked once after they are loaded."""
         cached = self._unpacked_zero_point
         if cached is None or cached.device != self.weight_zero_point.device:
-            cached = unpack_zero_point(
-                self.weight_zero_point, bits=self.quant.bits, out_features=self.quant.out_features
-            )
+            with torch.inference_mode(False):  # a tensor of inference mode could never be used while training
+                cached = unpack_zero_point(
+                    self.weight_zero_point, bits=self.quant.bits, out_features=self.quant.out_features
+                )
             self._unpacked_zero_point = cached
         return cached
 

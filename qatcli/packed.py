@@ -15,7 +15,7 @@ from shapes or file names. Format reference: docs/checkpoint-format.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -284,9 +284,3 @@ def companion_files(path: Path) -> list[Path]:
     """Tokenizer and generation files in a model directory, each once, sorted. InputError for a link that leads out."""
     names = {file.name for pattern in COMPANIONS for file in path.glob(pattern) if file.is_file()}
     return [file_inside(path, name) for name in sorted(names)]
-
-
-def iter_linears(checkpoint: PackedCheckpoint) -> Iterator[tuple[str, QuantizedLinear]]:
-    """Every quantized linear, one at a time."""
-    for name in checkpoint.modules:
-        yield name, checkpoint.linear(name)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from qat_kernels import quantize
+from qatcli.blockfiles import block_quants
 from qatcli.grid import ZeroPoints, initial_grid
 from qatcli.hf import load_packed
+from qatcli.models.blocks import open_blocks
 from qatcli.models.source import ModelSource, load_tokenizer
 from qatcli.packed import QuantizedLinear
 from qatcli.recipe.schema import QuantSection
@@ -49,14 +50,18 @@ def full_precision(source: ModelSource, device: torch.device, *, keep: bool) -> 
 
 
 def round_to_nearest(source: ModelSource, quant: QuantSection, device: torch.device) -> Candidate:
-    """The model rounded to asymmetric min-max grids at the recipe's bits and groups: what no calibration gives."""
+    """The model rounded to min-max grids at the recipe's bits and groups: what no calibration gives.
+
+    Rounded is what the stages quantize: linears of the decoder blocks, never an output layer outside of them.
+    """
 
     def load() -> Any:
         model = source.load_model(torch.float32, device)
-        for name, module in model.named_modules():
-            choice = quant.for_module(name) if isinstance(module, nn.Linear) else None
-            if choice is not None:
-                module.weight.data = _rounded(module.weight.data, *choice, zero_points=quant.zero_points)
+        blocks = open_blocks(source)
+        for index in range(len(blocks)):
+            for name, chosen in block_quants(blocks, index, quant).items():
+                weight = model.get_submodule(name).weight
+                weight.data = _rounded(weight.data, chosen.bits, chosen.group_size, zero_points=quant.zero_points)
         return model
 
     return Candidate("round_to_nearest", load, source.tokenizer, None, "rounded weights, fp32")

@@ -50,7 +50,7 @@ class RowModel(HFLM):
         asked = [Request((context + continuation)[-cut:], len(continuation)) for _, context, continuation in requests]
         rows = list(rows_of(share_prefixes(asked, self._batch_tokens), self._batch_tokens))
         settings = {"device": self.device, "dtype": self._dtype}
-        if not rows or not takes_rows(self.model, rows[0], **settings):
+        if not rows or not takes_rows(self.model, rows, **settings):
             self._log.warn(f"{self._title}: this model cannot read several questions in one row, so it takes longer")
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         results: list[tuple[float, bool]] = []

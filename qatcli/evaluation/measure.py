@@ -94,7 +94,7 @@ def measure(
     settings = config.speed.model_dump() if config.speed else {}
     result: dict[str, Any] = {
         "models": {},
-        "protocol": {text.name: _protocol(text, subjects[0].windows[text.name], dtype) for text in config.perplexity},
+        "protocol": {text.name: _protocol(text, subjects, dtype) for text in config.perplexity},
         "zero_shot_protocol": suite.protocol | {"compute": _name(dtype)} if suite else None,
         "speed_protocol": conditions(device, **settings) if settings else None,
         "prompts": list(config.prompts),
@@ -213,15 +213,18 @@ def _cut(text: PerplexityText, tokenizer: Any) -> Tensor:
     return torch.as_tensor(evaluation_windows(tokens, text.seq_len, text.windows))
 
 
-def _protocol(text: PerplexityText, windows: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+def _protocol(text: PerplexityText, subjects: Sequence[Subject], dtype: torch.dtype) -> dict[str, Any]:
+    """How a text was read and cut; `windows` is a number by model where tokenizers make other numbers of it."""
+    windows = {subject.name: len(subject.windows[text.name]) for subject in subjects}
+    alike = len(set(windows.values())) == 1
     read = {"wikitext2": "test split, lines joined by two newlines", "c4": "first validation shard"}
     first = "all windows" if text.windows is None else "the first windows"
     return {
         "source": text.source,
         "file": text.file,
         "read": read.get(text.source, "the whole file"),
-        "context": windows.shape[1],
-        "windows": len(windows),
+        "context": text.seq_len,
+        "windows": next(iter(windows.values())) if alike else windows,
         "cut": "random places of random documents, seed 0" if text.source == "c4" else f"{first}, none overlap",
         "bos": text.bos,
         "compute": _name(dtype),

@@ -162,20 +162,26 @@ def score_alone(model: Any, request: Request, *, device: torch.device, dtype: to
     return float(chosen.gather(1, torch.tensor(request.tokens[-request.scored :], device=device)[:, None]).sum())
 
 
-def takes_rows(model: Any, row: Sequence[Shared], *, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the model honours the mask and the positions of a row, found by scoring a part of it both ways.
+def takes_rows(model: Any, rows: Sequence[Sequence[Shared]], *, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the model honours the masks and the positions of all rows, found by scoring a part of them both ways.
 
     A recurrent layer ignores the mask, a sliding window is not in it, and some attention code takes masks of numbers
     only.
     """
     parameters = inspect.signature(model.forward).parameters
     attention = getattr(model.config, "_attn_implementation", None)
-    window = getattr(model.config, "sliding_window", None) or float("inf")
-    longest = max(len(request.tokens) for group in row for request in group.requests)
-    if attention != "sdpa" or not {"position_ids", "logits_to_keep"} <= parameters.keys() or longest > window:
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or float("inf")
+    far = max((group for row in rows for group in row), key=_longest)
+    if attention != "sdpa" or not {"position_ids", "logits_to_keep"} <= parameters.keys() or _longest(far) > window:
         return False
-    probe = row[:2]
-    alone = [score_alone(model, request, device=device, dtype=dtype) for group in probe for request in group.requests]
-    packed = [likelihood for likelihood, _ in score_row(model, probe, device=device, dtype=dtype)]
+    # the longest too: attention may be bounded in a way that the configuration does not call a window
+    probes = [max(rows, key=len)[:2], [far]]
+    asked = [request for row in probes for group in row for request in group.requests]
+    alone = [score_alone(model, request, device=device, dtype=dtype) for request in asked]
+    packed = [found for row in probes for found, _ in score_row(model, row, device=device, dtype=dtype)]
     apart = sum(abs(one - other) for one, other in zip(alone, packed, strict=True))
     return apart <= 0.02 * sum(map(abs, alone))  # rounding moves a sum by less than 1 %, a wrong mask by far more
+
+
+def _longest(group: Shared) -> int:
+    return max(len(request.tokens) for request in group.requests)

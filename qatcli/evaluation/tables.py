@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qatcli.expectations import is_accuracy
+
 _DIVERGENCE = (("mean_kl", ".4f"), ("kl_99", ".3f"), ("top1_agreement", ".1%"))
 
 
@@ -51,8 +53,9 @@ def _texts(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
             row += [_number(apart.get(key), form) for key, form in _DIVERGENCE]
         table.add_row(*row)
     lines = [
-        f"{name}: {Path(p['file'] or p['source']).name}, {p['read']}, {p['windows']} windows of {p['context']} tokens, "
-        f"{p['cut']}, {'each behind the first token, ' if p.get('bos') == 'window' else ''}{p['compute']}"
+        f"{name}: {Path(p['file'] or p['source']).name}, {p['read']}, {_windows(p['windows'], labels)} of "
+        f"{p['context']} tokens, {p['cut']}, "
+        f"{'each behind the first token, ' if p.get('bos') == 'window' else ''}{p['compute']}"
         for name, p in protocol.items()
     ]
     tokens = {part["tokens"] for found in metrics["models"].values() for part in found["divergence"].values()}
@@ -64,28 +67,40 @@ def _texts(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
     return Group(table, Text("\n".join(lines)))
 
 
+def _windows(count: int | dict[str, int], labels: dict[str, str]) -> str:
+    if isinstance(count, int):
+        return f"{count} windows"
+    return ", ".join(f"{each} windows ({labels[name]})" for name, each in count.items())
+
+
 def _tasks(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
-    table, protocol = _table("zero-shot accuracy"), metrics["zero_shot_protocol"]
+    table, protocol = _table("zero-shot"), metrics["zero_shot_protocol"]
     results = {name: found["zero_shot"] for name, found in metrics["models"].items() if found["zero_shot"]}
     tasks = {task: figures for result in results.values() for task, figures in result["tasks"].items()}
     for task in tasks:
         table.add_column(task, justify="right")
     table.add_column("average", justify="right")
     for name, result in results.items():
-        average = result["average"]
-        figures = [_percent(result["tasks"].get(task)) for task in tasks]
-        table.add_row(labels[name], *figures, _percent(average) if average else "")
+        scores = [
+            _score(result["tasks"].get(task), accuracy=is_accuracy(each["metric"])) for task, each in tasks.items()
+        ]
+        table.add_row(labels[name], *scores, _score(result["average"], accuracy=True))
     rows = "all rows" if protocol["limit"] is None else f"the first {protocol['limit']} rows of each"
     named = ", ".join(f"{task} {each['metric']} ({each['shots']}-shot)" for task, each in tasks.items())
-    caption = f"percent and its standard error; {named}; {rows}; lm-eval {protocol['lm_eval']}, {protocol['compute']}"
+    means = sorted({result["average"]["tasks"] for result in results.values() if result["average"]})
+    caption = (
+        f"accuracies in percent, with standard errors; {named}; {''.join(f'average of {n} tasks; ' for n in means)}"
+        f"{rows}; lm-eval {protocol['lm_eval']}, {protocol['compute']}"
+    )
     return Group(table, Text(caption))
 
 
-def _percent(figure: dict[str, Any] | None) -> str:
+def _score(figure: dict[str, Any] | None, *, accuracy: bool) -> str:
     if figure is None or figure["value"] is None:
         return ""
-    error = "" if figure["stderr"] is None else f" +-{100 * figure['stderr']:.1f}"
-    return f"{100 * figure['value']:.1f}{error}"
+    scale, form = (100, ".1f") if accuracy else (1, ",.2f")
+    error = "" if figure["stderr"] is None else f" +-{scale * figure['stderr']:{form}}"
+    return f"{scale * figure['value']:{form}}{error}"
 
 
 def _sizes(metrics: dict[str, Any], labels: dict[str, str]) -> Group:

@@ -17,6 +17,7 @@ import torch
 
 from qatcli.errors import InputError, RecipeError, missing_extra
 from qatcli.evaluation.local_tasks import LOCAL_TASKS, file_digest, override
+from qatcli.expectations import is_accuracy
 from qatcli.runlog import RunLog
 
 _BOOTSTRAPS = 1000  # only metrics without a formula for their error need them; accuracy has one
@@ -92,11 +93,12 @@ def run_suite(
     log: RunLog,
     title: str,
 ) -> dict[str, Any]:
-    """Every task's figures and the mean of the asked ones.
+    """Every task's figures and the mean accuracy of the asked ones.
 
-    {"tasks": {name: {metric, value, stderr, shots, rows, all}}, "average": {value, stderr} or None}. `metric` is `acc`
-    where the task has it, else its first; `all` holds every metric. The mean weighs tasks equally and its error treats
-    them as independent.
+    {"tasks": {name: {metric, value, stderr, shots, rows, all}}, "average": {value, stderr, tasks} or None}. `metric` is
+    `acc` where the task has it, else its first; `all` holds every metric. A group's members are among the tasks, but
+    the mean is of what was asked for, the group itself. It weighs tasks equally and its error treats them as
+    independent.
     """
     from lm_eval.evaluator import evaluate
 
@@ -108,17 +110,23 @@ def run_suite(
         name: _figures(figures) | {"shots": found["n-shot"].get(name), "rows": _rows(found, name)}
         for name, figures in found["results"].items()
     }
-    asked = [tasks[name] for name in suite.names if name in tasks]
-    return {"tasks": tasks, "average": average(asked) if len(asked) > 1 else None}
+    return {"tasks": tasks, "average": average([tasks[name] for name in suite.names if name in tasks])}
 
 
-def average(tasks: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """The mean of the tasks' values and its standard error, None where one of them has none."""
-    errors = [task["stderr"] for task in tasks]
+def average(tasks: Sequence[dict[str, Any]]) -> dict[str, float | None] | None:
+    """The mean of the accuracies among the tasks, its standard error if all have one, and how many there are.
+
+    None for fewer than two. A perplexity has no mean with them, and a group that lm-eval does not sum up has no value.
+    """
+    found = [task for task in tasks if is_accuracy(task["metric"]) and task["value"] is not None]
+    if len(found) < 2:
+        return None
+    errors = [task["stderr"] for task in found]
     known = all(error is not None for error in errors)
     return {
-        "value": sum(task["value"] for task in tasks) / len(tasks),
+        "value": sum(task["value"] for task in found) / len(found),
         "stderr": math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None,
+        "tasks": len(found),
     }
 
 

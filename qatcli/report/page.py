@@ -13,6 +13,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from qatcli.expectations import is_accuracy
 from qatcli.progress import duration
 from qatcli.report import plots
 from qatcli.report.collect import ROUNDED, TRAINED
@@ -66,6 +67,7 @@ def render(facts: dict[str, Any], *, refresh: int | None = None) -> str:
         "model": lambda name: MODELS.get(name, name),
         "kind": kind,
     }
+    environment.tests["accuracy"] = is_accuracy
     derived = {
         "refresh": refresh,
         "sections": SECTIONS,
@@ -156,10 +158,11 @@ def _results(facts: dict[str, Any]) -> dict[str, Any]:
         tiles.append(("KL from full precision", figure(apart["mean_kl"]), "mean, nats per token"))
     if apart.get("top1_agreement") is not None:
         tiles.append(("Same next token", percent(apart["top1_agreement"]), "as full precision, greedy"))
-    mean, reference = (m.get("zero_shot", {}).get("average", {}).get("value") for m in (quantized, full))
-    if mean is not None:
-        note = f"mean of {len(tasks)} tasks" + (f"; full precision {percent(reference)}" if reference else "")
-        tiles.append(("Zero-shot accuracy", percent(mean), note))
+    mean, reference = (m.get("zero_shot", {}).get("average", {}) for m in (quantized, full))
+    if mean.get("value") is not None:
+        note = f"mean of {mean['tasks']} tasks" if is_number(mean.get("tasks")) else "mean of the tasks"
+        note += f"; full precision {percent(reference['value'])}" if reference.get("value") else ""
+        tiles.append(("Zero-shot accuracy", percent(mean["value"]), note))
     parts = [count for count in evaluation["size"]["bytes"].values() if count is not None]
     if parts:
         note = f"{figure(evaluation['size'].get('bits_per_weight'))} bits per quantized weight"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qatcli.errors import VerificationError
-from qatcli.expectations import check, require
+from qatcli.expectations import check, is_accuracy, require
 
 METRICS: dict[str, Any] = {
     "models": {
@@ -59,6 +59,13 @@ def test_the_tolerance_belongs_to_the_figure() -> None:
     assert outcome("piqa", 0.63, 0.01).passed
     assert outcome("wiki", 6.85, 0.05).limit == pytest.approx(6.9)
     assert outcome("piqa", 0.63, 0.01).limit == pytest.approx(0.62)
+
+
+def test_metrics_that_are_accuracies() -> None:
+    """Names of lm-eval: shares of right answers, and neither other scores nor what is not in [0, 1]."""
+    names = ("acc", "acc_norm", "prompt_level_strict_acc", "exact_match", "em")
+    assert all(is_accuracy(name) for name in names)
+    assert not any(is_accuracy(name) for name in ("", None, "word_perplexity", "bits_per_byte", "bleu", "mcc", "f1"))
 
 
 @pytest.mark.parametrize("name", ["c4", "unknown"])

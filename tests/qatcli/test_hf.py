@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from qatcli.errors import InputError
 from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear
-from qatcli.packed import PackedCheckpoint, iter_linears, read_config
+from qatcli.packed import PackedCheckpoint, read_config
 
 CPU = torch.device("cpu")
 
@@ -30,8 +30,9 @@ def tokens() -> Tensor:
 def dense_twin(model: Path, packed: Path) -> torch.nn.Module:
     """The full-precision model with the packed checkpoint's weights put in densely."""
     twin = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    for name, linear in iter_linears(PackedCheckpoint.open(packed)):
-        twin.get_submodule(name).weight.data = linear.dequantize()
+    checkpoint = PackedCheckpoint.open(packed)
+    for name in checkpoint.modules:
+        twin.get_submodule(name).weight.data = checkpoint.linear(name).dequantize()
     return twin
 
 

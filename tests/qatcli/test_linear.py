@@ -157,6 +157,18 @@ def test_zero_points_follow_the_weights_that_are_loaded() -> None:
     assert torch.equal(module.zero_point, second.zero_point)
 
 
+def test_a_scale_trains_after_inference_mode() -> None:
+    """What was unpacked for the first call is used by every later one."""
+    module, x = packed_linear(quantized_linear(3, 32)), torch.randn(11, COLUMNS)
+    with torch.inference_mode():
+        expected = module(x)
+    module.weight_scale.requires_grad_(True)
+    output = module(x)
+    output.sum().backward()
+    assert torch.equal(output, expected)
+    assert module.weight_scale.grad is not None
+
+
 def test_codes_are_prepared_for_decoding_only(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("QAT_KERNELS", "triton")

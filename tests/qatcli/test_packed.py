@@ -21,7 +21,6 @@ from qatcli.packed import (
     PackedWriter,
     QuantizedLinear,
     companion_files,
-    iter_linears,
     pack_zero_point,
     quantization_config,
     read_config,
@@ -83,7 +82,7 @@ def test_round_trip(linears: dict[str, QuantizedLinear], max_shard_bytes: float)
         write(path, linears, dense, max_shard_bytes=max_shard_bytes)
         files = sorted(file.name for file in path.iterdir())
         checkpoint = PackedCheckpoint.open(path)
-        read = dict(iter_linears(checkpoint))
+        read = {name: checkpoint.linear(name) for name in checkpoint.modules}
         read_dense = {name: checkpoint.tensor(name) for name in checkpoint.dense_names()}
 
     assert list(read) == sorted(linears)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -103,6 +104,29 @@ def test_windows_may_begin_with_the_first_token(tiny_llama: Path, config: EvalSe
     for table in tables(found):
         console.print(table)
     assert "each behind the first token" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_windows_are_those_of_every_model(tiny_llama: Path, config: EvalSection, tmp_path: Path) -> None:
+    """Another tokenizer makes another number of windows of the same text."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["th"] = vocabulary.pop("z")
+    tokenizer["model"]["merges"] = [["t", "h"]]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    texts = tuple(text.model_copy(update={"windows": None}) for text in config.perplexity)
+    config = config.model_copy(update={"perplexity": texts, "speed": None, "prompts": ()})
+    found = compare([str(tiny_llama), str(other)], config, against=None, device=CPU, log=QUIET)
+    counts = found["protocol"]["tiny"]["windows"]
+    assert counts[str(other)] < counts[str(tiny_llama)]
+    text = text_tokens(config.perplexity[0].source, PreTrainedTokenizerFast.from_pretrained(other))
+    assert counts[str(other)] == len(text) // 32
+    console = Console(file=StringIO(), width=200)
+    for table in tables(found):
+        console.print(table)
+    said = f"{counts[str(tiny_llama)]} windows ({tiny_llama.name}), {counts[str(other)]} windows (other) of 32 tokens"
+    assert said in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_full_precision_is_measured_once(

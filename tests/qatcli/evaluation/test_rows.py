@@ -102,7 +102,7 @@ def test_groups_stay_within_a_row() -> None:
 
 def test_a_model_that_ignores_masks_or_positions_is_found_out(model: Any) -> None:
     row = share_prefixes(questions(3), 1000)
-    assert takes_rows(model, row, **SETTINGS)
+    assert takes_rows(model, [row], **SETTINGS)
 
     class Deaf(torch.nn.Module):
         config = model.config
@@ -110,7 +110,7 @@ def test_a_model_that_ignores_masks_or_positions_is_found_out(model: Any) -> Non
         def forward(self, input_ids, position_ids=None, attention_mask=None, logits_to_keep=0, use_cache=False):  # type: ignore[no-untyped-def]
             return model(input_ids=input_ids, logits_to_keep=logits_to_keep)
 
-    assert not takes_rows(Deaf(), row, **SETTINGS)
+    assert not takes_rows(Deaf(), [row], **SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,26 @@ def test_families(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_random_model(config_class, **overrides), dtype=torch.float32)
     row = share_prefixes(questions(2), 1000)
-    assert takes_rows(model.eval(), row, **SETTINGS) is expected
+    assert takes_rows(model.eval(), [row], **SETTINGS) is expected
     if expected:
         alone = [score_alone(model, request, **SETTINGS) for group in row for request in group.requests]
         assert [value for value, _ in score_row(model, row, **SETTINGS)] == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_later_row_beyond_the_window_is_found_out(model: Any, save_random_model: Callable[..., Path]) -> None:
+    """lm-eval asks all tasks at once: those of short questions may come first."""
+    path = save_random_model("Gemma3TextConfig", sliding_window=16, layer_types=["sliding_attention"] * 3)
+    windowed = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    first = share_prefixes([Request([(7 * at + number) % 61 for at in range(10)], 2) for number in range(4)], 60)
+    last = [Shared([Request([11 * at % 61 for at in range(60)], 2)], 59)]
+    assert takes_rows(windowed, [first], **SETTINGS)
+    assert not takes_rows(windowed, [first, last], **SETTINGS)
+
+    class Silent(torch.nn.Module):
+        config = model.config  # which has no window: only scoring shows it
+
+        def forward(self, input_ids, position_ids=None, logits_to_keep=0, **others):  # type: ignore[no-untyped-def]
+            return windowed(input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, **others)
+
+    assert takes_rows(Silent(), [first], **SETTINGS)
+    assert not takes_rows(Silent(), [first, last], **SETTINGS)

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from qatcli.evaluation import speed as speed_module
 from qatcli.evaluation.speed import speed, weight_bytes
+from qatcli.linear import PackedLinear
+from qatcli.packed import ModuleQuant
 
 CPU = torch.device("cpu")
 
@@ -35,3 +37,15 @@ def test_weights_shared_by_two_layers_count_once(tiny_llama: Path, tiny_llama_ti
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (tiny_llama, tiny_llama_tied)
     )
     assert weight_bytes(untied) - weight_bytes(tied) == 4 * tied.lm_head.weight.numel()
+
+
+def test_what_a_packed_linear_keeps_to_run_faster_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The zero points it unpacked, and the codes that it laid out once more for decoding."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("QAT_KERNELS", "triton")
+    linear = PackedLinear(ModuleQuant(4, 32, 64, 48), bias=False, scale_dtype=torch.float16, dtype=torch.float32)
+    codes, scales, zero_points = 48 * 64 // 2, 2 * 48 * 2, 48 * 2 // 2
+    assert weight_bytes(linear) == codes + scales + zero_points
+    with torch.no_grad():
+        linear(torch.randn(1, 64))
+    assert weight_bytes(linear) == codes + scales + zero_points + 48 * 2 + codes

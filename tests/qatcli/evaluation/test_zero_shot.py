@@ -178,10 +178,21 @@ def test_one_row_has_no_error(data: Path, model: tuple[Any, Any]) -> None:
 
 
 def test_the_error_of_the_average() -> None:
-    figures = [{"value": 0.5, "stderr": 0.03}, {"value": 0.7, "stderr": 0.04}]
-    assert average(figures) == {"value": pytest.approx(0.6), "stderr": pytest.approx(0.05 / 2)}
-    assert average([*figures, {"value": 0.6, "stderr": None}])["stderr"] is None
-    assert math.isclose(average(figures * 2)["stderr"] or 0, 0.05 * math.sqrt(2) / 4)
+    figures = [{"metric": "acc", "value": 0.5, "stderr": 0.03}, {"metric": "acc", "value": 0.7, "stderr": 0.04}]
+    assert average(figures) == {"value": pytest.approx(0.6), "stderr": pytest.approx(0.05 / 2), "tasks": 2}
+    assert (average([*figures, {"metric": "acc", "value": 0.6, "stderr": None}]) or {})["stderr"] is None
+    assert (average(figures * 2) or {})["stderr"] == pytest.approx(0.05 * math.sqrt(2) / 4)
+
+
+def test_the_average_is_of_accuracies_that_are_numbers() -> None:
+    figures = [{"metric": metric, "value": 0.5, "stderr": 0.03} for metric in ("acc", "exact_match")]
+    others: list[dict[str, Any]] = [
+        {"metric": "word_perplexity", "value": 25.31, "stderr": None},
+        {"metric": "acc", "value": None, "stderr": None},
+        {"metric": "", "value": None, "stderr": None},  # a group that lm-eval does not sum up
+    ]
+    assert average([*figures, *others]) == average(figures)
+    assert average([figures[0], *others]) is None
 
 
 def test_the_protocol_names_rows_and_versions(data: Path) -> None:

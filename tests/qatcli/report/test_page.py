@@ -74,6 +74,19 @@ def test_the_results(make_run: Run) -> None:
     assert "model.layers.3.mlp.down_proj 5.00 % 10.00 %" in words.replace("\N{NO-BREAK SPACE}", " ")
 
 
+def test_only_accuracies_are_per_cent_and_the_mean_is_of_those_asked_for(
+    make_run: Run, metrics: dict[str, Any]
+) -> None:
+    zero_shot = metrics["models"]["quantized"]["zero_shot"]
+    for name in ("mmlu", "mmlu_law", "mmlu_physics"):
+        zero_shot["tasks"][name] = {"metric": "acc", "value": 0.25, "stderr": None}
+    zero_shot["tasks"]["wikitext"] = {"metric": "bits_per_byte", "value": 0.93, "stderr": 0.05}
+    zero_shot["average"]["tasks"] = 2
+    words = page(make_run(metrics)).words
+    assert "mean of 2 tasks" in words
+    assert "25.0 % 0.9300 ± 0.05000 62.0 % ± 1.1" in words
+
+
 def test_every_plot_is_there(make_run: Run) -> None:
     html = render(collect(make_run()))
     # scale, ranges, curves, e2e, layers as rounded and as trained, seconds; sparklines in two tables
