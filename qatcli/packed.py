@@ -35,8 +35,8 @@ PACKED, SCALE, ZERO_POINT = ".weight_packed", ".weight_scale", ".weight_zero_poi
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
     *("generation_config.json", "chat_template*", "*.tiktoken"),
-    "*.py",  # the model's own code, which its config.json names (model.trust_remote_code)
 )
+CODE = "*.py"  # of a model whose configuration says that it has its own (model.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -281,6 +281,12 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def companion_files(path: Path) -> list[Path]:
-    """Tokenizer and generation files in a model directory, each once, sorted. InputError for a link that leads out."""
-    names = {file.name for pattern in COMPANIONS for file in path.glob(pattern) if file.is_file()}
+    """Tokenizer and generation files in a model directory, each once, sorted. InputError for a link that leads out.
+
+    With the model's own code where a configuration maps classes to it: without it what is made from it does not load.
+    """
+    configs = [file for name in ("config.json", "tokenizer_config.json") if (file := path / name).is_file()]
+    mapped = any(b'"auto_map"' in file.read_bytes() for file in configs)
+    patterns = (*COMPANIONS, CODE) if mapped else COMPANIONS
+    names = {file.name for pattern in patterns for file in path.glob(pattern) if file.is_file()}
     return [file_inside(path, name) for name in sorted(names)]

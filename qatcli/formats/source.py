@@ -48,8 +48,17 @@ def expand_groups(linear: Arrays, groups: int) -> Arrays:
 def survey(checkpoint: PackedCheckpoint) -> bool:
     """True when every zero point is 2^(bits-1) (symmetric). Reads scales and zero points only.
 
-    Raises QatError naming the linears whose scales fp16 cannot hold.
+    Raises InputError for an architecture that only the model's own code has, QatError naming the linears whose scales
+    fp16 cannot hold.
     """
+    from transformers import CONFIG_MAPPING
+
+    kind = checkpoint.config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise InputError(
+            f"{checkpoint.path}: transformers has no model_type {kind}, so no export can be verified",
+            hint="serve the directory that `qat pack` wrote, with trust_remote_code",
+        )
     symmetric, unfit = True, []
     for name, quant in checkpoint.modules.items():
         packed = checkpoint.tensor(name + ZERO_POINT)

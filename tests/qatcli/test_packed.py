@@ -278,6 +278,7 @@ def test_a_shard_without_the_tensor_that_the_index_promises(checkpoint: Path) ->
 
 
 def test_the_code_of_a_model_travels_with_it(tmp_path: Path) -> None:
-    for name in ("config.json", "modeling_odd.py", "odd.tiktoken", "tokenizer.json", "notes.md", "model.safetensors"):
+    for name in ("modeling_odd.py", "odd.tiktoken", "tokenizer.json", "notes.md", "model.safetensors"):
         (tmp_path / name).touch()
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoConfig": "modeling_odd.OddConfig"}}')
     assert [file.name for file in companion_files(tmp_path)] == ["modeling_odd.py", "odd.tiktoken", "tokenizer.json"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qatcli.errors import QatError, VerificationError
+from qatcli.errors import InputError, QatError, VerificationError
 from qatcli.formats import FORMATS, ExportOptions, require_passed
 from qatcli.packed import PackedCheckpoint
 from qatcli.shards import shard_map
@@ -315,6 +315,15 @@ def test_truncated_file_is_a_difference_not_a_crash(packed: Packed, tmp_path: Pa
     file = tmp_path / "out" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert not FORMATS["gptq"].verify(packed(2), tmp_path / "out", INTEGERS_ONLY).passed
+
+
+def test_a_model_that_only_its_own_code_can_build_is_refused(tiny_llama: Path, pack: Packed, tmp_path: Path) -> None:
+    checkpoint = pack(tiny_llama, tmp_path / "packed", bits=4)
+    checkpoint.config["model_type"] = "odd"
+    with pytest.raises(InputError, match="no model_type odd") as caught:
+        FORMATS["dense"].write(checkpoint, tmp_path / "out", INTEGERS_ONLY)
+    assert "trust_remote_code" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
 
 
 def test_scales_that_fp16_cannot_hold_are_refused(
