@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,11 @@ class Candidate:
     keep: bool = False
 
 
-def full_precision(source: ModelSource, device: torch.device, *, keep: bool) -> Candidate:
-    """The recipe's model, in the dtype of its checkpoint."""
-    return Candidate(
-        "full_precision",
-        lambda: source.load_model("auto", device),
-        source.tokenizer,
-        source.path,
-        "weights as stored",
-        keep=keep,
-    )
+def full_precision(source: ModelSource, device: torch.device, *, keep: bool, name: str = "full_precision") -> Candidate:
+    """A model that transformers loads by itself, in the dtype of its checkpoint. A GGUF file's size is the file's."""
+    loaded_as = "GGUF, dequantized to fp32" if source.gguf else "weights as stored"
+    load = partial(source.load_model, "auto", device)
+    return Candidate(name, load, source.tokenizer, source.path, loaded_as, source.gguf, keep)
 
 
 def round_to_nearest(source: ModelSource, quant: QuantSection, device: torch.device) -> Candidate:

@@ -19,7 +19,7 @@ import torch
 
 from qatcli.directory import STAGE_FILE, open_stage
 from qatcli.errors import InputError
-from qatcli.evaluation.candidates import Candidate, packed
+from qatcli.evaluation.candidates import Candidate, full_precision, packed
 from qatcli.formats.importing import import_checkpoint
 from qatcli.formats.importing.linears import CODES
 from qatcli.hf import load_packed
@@ -41,7 +41,7 @@ def open_candidate(target: str, device: torch.device, *, keep: bool = False) -> 
     if path.is_dir() and not (path / "config.json").is_file():
         path = _only_gguf(path)
     if not path.is_dir():
-        return _dense(target if path == Path(target) else str(path), target, device, keep=keep)
+        return full_precision(open_source(str(path)), device, keep=keep, name=target)
     quantization = read_config(path).get("quantization_config") or {}
     if quantization.get("quant_method") == QUANT_METHOD:
         return packed(target, path, device)
@@ -50,7 +50,7 @@ def open_candidate(target: str, device: torch.device, *, keep: bool = False) -> 
         return Candidate(
             target, lambda: _import(path, device), lambda: load_tokenizer(path), path, f"{kind}, imported bit for bit"
         )
-    return _dense(target, target, device, keep=keep)
+    return full_precision(open_source(target), device, keep=keep, name=target)
 
 
 def _only_gguf(path: Path) -> Path:
@@ -59,17 +59,6 @@ def _only_gguf(path: Path) -> Path:
         found = f"{len(files)} GGUF files" if files else "neither config.json nor a GGUF file"
         raise InputError(f"{path} holds {found}", hint="give a model directory or one GGUF file")
     return files[0]
-
-
-def _dense(location: str, name: str, device: torch.device, *, keep: bool) -> Candidate:
-    """A model that transformers loads by itself."""
-    source = open_source(location)
-    is_gguf = location.endswith(".gguf")
-    loaded_as = "GGUF, dequantized to fp32" if is_gguf else "weights as stored"
-    files = Path(location) if is_gguf else source.path
-    return Candidate(
-        name, lambda: source.load_model("auto", device), source.tokenizer, source.path, loaded_as, files, keep
-    )
 
 
 def _import(path: Path, device: torch.device) -> Any:

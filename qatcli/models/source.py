@@ -34,13 +34,15 @@ HUB_DUPLICATES = ["consolidated*", "original/*"]  # the same weights once more, 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A full-precision model directory. `fingerprint` identifies its config and, by samples, its weights."""
+    """A full-precision model directory. `fingerprint` identifies its config and, by samples, its weights; `gguf` is the
+    file that it was converted from, if it was."""
 
     path: Path
     trust_remote_code: bool
     fingerprint: str
     shards: dict[str, str] = field(repr=False)  # tensor name -> file name
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    gguf: Path | None = None
 
     def config(self) -> Any:
         """The transformers configuration."""
@@ -123,21 +125,20 @@ def open_source(
 ) -> ModelSource:
     """Resolve `model.source` to a local directory. InputError when it cannot be had or holds no safetensors."""
     path = Path(source)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(
-                f"model.source {source} is a file but not .gguf", hint="give a model folder or a GGUF file"
-            )
-        path = _convert_gguf(path)
-    elif path.is_dir() and gguf_file:
-        path = _convert_gguf(path / gguf_file)
-    elif not path.is_dir():
+    if not path.exists():
         path = _download(source, revision, gguf_file)
+    elif gguf_file:
+        path /= gguf_file
+    elif path.is_file() and path.suffix != ".gguf":
+        raise InputError(f"model.source {source} is a file but not .gguf", hint="give a model folder or a GGUF file")
+    gguf = None if path.is_dir() else path
+    if gguf is not None:
+        path = _convert_gguf(gguf)
     check_config(path, trust_remote_code=trust_remote_code)
     shards = shard_map(path)
     headers = {file: read_header(path / file) for file in sorted(set(shards.values()))}
     shapes = {name: entry.shape for header in headers.values() for name, entry in header.items()}
-    return ModelSource(path, trust_remote_code, _fingerprint(path, headers), shards, shapes)
+    return ModelSource(path, trust_remote_code, _fingerprint(path, headers), shards, shapes, gguf)
 
 
 def check_config(path: Path, *, trust_remote_code: bool) -> None:
@@ -171,15 +172,15 @@ def converted(file: Path) -> Path:
 
 
 def _download(repo: str, revision: str | None, gguf_file: str | None) -> Path:
+    """The hub's snapshot, or one GGUF file of it."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     with fetching(repo):
-        if not gguf_file:
-            return Path(
-                snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES)
-            )
-        file = Path(hf_hub_download(repo, gguf_file, revision=revision))
-    return _convert_gguf(file)
+        if gguf_file:
+            return Path(hf_hub_download(repo, gguf_file, revision=revision))
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES)
+        )
 
 
 def _convert_gguf(file: Path) -> Path:
