@@ -153,8 +153,11 @@ def export(
         typer.Option("--format", metavar="NAME", help=f"{FORMAT_NAMES}; repeatable, or separated by commas."),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Read back and compare what was written.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify", help="Read back and compare what was written.", show_default="as the recipe says"
+        ),
+    ] = None,
     run: RunOption = None,
     source: FromOption = None,
     overrides: SetOption = None,
@@ -170,7 +173,7 @@ def export(
 
         results = run_exports(
             recipe,
-            [*(overrides or []), *([] if verify else ["export.verify=false"])],
+            [*(overrides or []), *([] if verify is None else [f"export.verify={str(verify).lower()}"])],
             [name.strip() for given in formats or [] for name in given.split(",")],
             run_dir=run,
             source=_given_source(source),

@@ -271,7 +271,7 @@ class ExportSection(Section):
     formats: tuple[Format, ...] = ("native",)
     """What to write; `qat export --format` chooses others."""
     verify: bool = True
-    """Read every export back with other code and compare it; `qat export --no-verify` sets this to false."""
+    """Read every export back with other code and compare it; `qat export --verify` and `--no-verify` set this."""
     runtimes: bool = True
     """Also load it in the installed libraries that serve the format and compare logits."""
     dtype: Literal["float16", "bfloat16"] = "float16"

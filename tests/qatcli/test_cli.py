@@ -165,6 +165,19 @@ def test_from_reads_standard_input(recipe: Path, stub: Callable[..., list[dict[s
     assert calls[0]["source"] == Path("runs/x/calibrate")
 
 
+@pytest.mark.parametrize(
+    ("given", "override"),
+    [([], []), (["--verify"], ["export.verify=true"]), (["--no-verify"], ["export.verify=false"])],
+)
+def test_an_export_is_verified_as_the_option_says_or_else_the_recipe(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], override: list[str]
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr("qatcli.chain.run_exports", lambda _, overrides, *__, **___: calls.append(overrides) or [])
+    assert qat("export", recipe, *given).exit_code == 0
+    assert calls == [override]
+
+
 # What goes wrong.
 
 
