@@ -174,7 +174,7 @@ def export(
         results = run_exports(
             recipe,
             [*(overrides or []), *([] if verify is None else [f"export.verify={str(verify).lower()}"])],
-            [name.strip() for given in formats or [] for name in given.split(",")],
+            _format_names(formats or []),
             run_dir=run,
             source=_given_source(source),
             restart=restart,
@@ -320,6 +320,14 @@ def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
     elif "path" in result:
         typer.echo(result["path"])
     require(result.get("expectations", []))
+
+
+def _format_names(given: list[str]) -> list[str]:
+    """The formats of every --format. UsageError for an empty name: a variable that a script did not set."""
+    names = [name.strip() for option in given for name in option.split(",")]
+    if not all(names):
+        raise UsageError("--format names no format", hint=f"give some of {FORMAT_NAMES}, or leave it out")
+    return names
 
 
 def _given_source(source: str | None) -> Path | None:

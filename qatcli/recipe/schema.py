@@ -268,7 +268,7 @@ class PackSection(Section):
 class ExportSection(Section):
     """`qat export`: formats of other runtimes."""
 
-    formats: tuple[Format, ...] = ("native",)
+    formats: Annotated[tuple[Format, ...], Field(min_length=1)] = ("native",)
     """What to write; `qat export --format` chooses others."""
     verify: bool = True
     """Read every export back with other code and compare it; `qat export --verify` and `--no-verify` set this."""
@@ -282,8 +282,8 @@ class ExportSection(Section):
     """awq: let 2- and 3-bit codes ride in 4 bits."""
     bitblas_zeros: Literal["qzeros", "zeros"] = "qzeros"
     """bitblas: name of the zero-point tensor, `qzeros` since GPTQModel 5, `zeros` before."""
-    gguf_type: Name = "auto"
-    """gguf: `auto` (smallest that fits), `exact` (no rounded offset), or a block type such as `Q8_0`."""
+    gguf_type: Literal["auto", "exact", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q4_K", "Q2_0"] = "auto"
+    """gguf: `auto` (smallest that fits), `exact` (no rounded offset), or one block type for all."""
     gguf_embedding: Literal["F16", "Q8_0"] = "F16"
     """gguf: type of the embeddings and the head."""
 

@@ -181,6 +181,13 @@ def test_an_export_is_verified_as_the_option_says_or_else_the_recipe(
 # What goes wrong.
 
 
+@pytest.mark.parametrize("names", ["", " ", "gptq,"])
+def test_an_empty_format_is_not_an_export_of_nothing(recipe: Path, names: str) -> None:
+    done = qat("export", recipe, "--format", names)
+    assert done.exit_code == 2
+    assert "--format names no format" in done.stderr
+
+
 @pytest.mark.parametrize("stdin", ["", "\n"])
 def test_an_empty_pipe(recipe: Path, stdin: str) -> None:
     done = qat("block-ap", recipe, "--from", "-", stdin=stdin)
