@@ -29,6 +29,7 @@ FORMAT_BITS: Mapping[str, tuple[int, ...]] = {
 
 _LARGEST_ABSOLUTE_RATE = 0.1
 _SMALLEST_REACH = 1e-3
+_OF_DATASETS = ("name", "split", "streaming")  # keys of a source that `datasets` loads as a whole
 
 Check = Callable[[Recipe], Iterator[Problem]]
 
@@ -69,10 +70,11 @@ def _data_keys_have_effect(recipe: Recipe) -> Iterator[Problem]:
             is_folder = os.path.isdir(source.source)  # `datasets` may find configurations and splits in it
             given = {key for key in ("name", "revision", "files") if getattr(source, key) is not None}
             given |= {"streaming"} if source.streaming else set()
-            for key in sorted(given - {"name", "streaming"} if is_folder else given):
+            given |= {"split"} if source.split != type(source).model_fields["split"].default else set()
+            for key in sorted(given.difference(_OF_DATASETS) if is_folder else given):
                 if is_local(source.source):
                     yield Problem((*place, key), "has no effect on local files", getattr(source, key))
-                elif source.files is not None and key in ("name", "streaming"):
+                elif source.files is not None and key in _OF_DATASETS:
                     yield Problem((*place, key), "has no effect beside `files`", getattr(source, key))
 
 
