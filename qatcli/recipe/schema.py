@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qatcli.recipe.fields import (
+    Bits,
     Count,
     CountOrZero,
     DataFolder,
@@ -32,7 +33,6 @@ from qatcli.recipe.fields import (
 )
 from qatcli.recipe.methods import Method, fill
 
-Bits = Literal[2, 3, 4, 8]
 Format = Literal["gptq", "bitblas", "native", "gguf", "awq", "compressed-tensors", "dense"]
 Baseline = Literal["full_precision", "round_to_nearest", "calibrate", "gptq", "block_ap"]
 

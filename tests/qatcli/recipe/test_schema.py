@@ -61,7 +61,8 @@ def test_a_recipe_does_not_change(minimal: dict[str, Any]) -> None:
     ("section", "key", "value"),
     [
         ("quant", "bits", 5),
-        ("quant", "bits", "2"),
+        ("quant", "bits", "2.0"),
+        ("quant", "bits", "5"),
         ("quant", "group_size", 0),
         ("quant", "group_size", -2),
         ("quant", "overrides", [{"pattern": "*"}]),
