@@ -29,15 +29,16 @@ from qatcli.recipe.locations import is_local
 from qatcli.shards import shard_map
 
 MODEL_KINDS = ("calibration", "quantized", "packed", "exported")
+_GIVE = "give a model directory, a GGUF file, a hub id or a recipe"
 
 
 def open_candidate(target: str, device: torch.device, *, keep: bool = False) -> Candidate:
     """The model at `target`: a directory, a GGUF file or a hub id. InputError when it is none, or is damaged."""
     path = Path(target)
     if not path.exists() and is_local(target):
-        raise InputError(f"{target} does not exist", hint="give a model directory, a GGUF file, a hub id or a recipe")
-    if (path / STAGE_FILE).is_file():
-        open_stage(path, kinds=MODEL_KINDS)
+        raise InputError(f"{target} does not exist", hint=_GIVE)
+    if (path / STAGE_FILE).is_file() and (kind := open_stage(path).kind) not in MODEL_KINDS:
+        raise InputError(f"{path} holds a {kind}, not a model", hint="give another stage of the run, such as `pack`")
     if path.is_dir() and not (path / "config.json").is_file():
         path = _only_gguf(path)
     if not path.is_dir():
@@ -63,7 +64,10 @@ def _only_gguf(path: Path) -> Path:
 
 def _dense(location: str, name: str, device: torch.device, *, keep: bool) -> Candidate:
     """A model that transformers loads by itself."""
-    source = open_source(location)
+    try:
+        source = open_source(location)
+    except InputError as error:  # says where a recipe names it
+        raise InputError(error.message.removeprefix("model.source "), hint=error.hint or _GIVE) from error
     is_gguf = location.endswith(".gguf")
     loaded_as = "GGUF, dequantized to fp32" if is_gguf else "weights as stored"
     files = Path(location) if is_gguf else source.path
