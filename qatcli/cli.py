@@ -288,8 +288,10 @@ def _reported(command: str, *, verbose: bool = False) -> Iterator[None]:
     try:
         with interruptible():
             yield
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         _interrupted(command)
+    except BrokenPipeError:
+        _unread(command)
     except typer.Exit:
         raise
     except Exception as error:
@@ -299,9 +301,17 @@ def _reported(command: str, *, verbose: bool = False) -> Iterator[None]:
 
 
 def _interrupted(command: str) -> NoReturn:
-    unless = ", but without --restart" if "--restart" in sys.argv else ""
-    typer.echo(f"\ninterrupted; continue with `{command}` and the same options{unless}", err=True)
+    typer.echo(f"\ninterrupted; continue with {_same(command)}", err=True)
     raise typer.Exit(130) from None
+
+
+def _unread(command: str) -> NoReturn:
+    typer.echo(f"\nnothing reads the output any more; what is finished stays. To go on: {_same(command)}", err=True)
+    raise typer.Exit(141) from None  # what a shell says of a process that SIGPIPE ended
+
+
+def _same(command: str) -> str:
+    return f"`{command}` and the same options{', but without --restart' if '--restart' in sys.argv else ''}"
 
 
 def _fail(error: QatError) -> NoReturn:

@@ -331,15 +331,21 @@ def test_what_no_one_foresaw_is_one_sentence_and_keeps_its_traceback(
     assert "Traceback" in qat("block-ap", recipe).stderr
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), BrokenPipeError()])
-def test_an_interrupt_exits_130_and_says_how_to_continue(
-    recipe: Path, stub: Callable[..., Any], error: BaseException
-) -> None:
-    stub(error)
+def test_an_interrupt_exits_130_and_says_how_to_continue(recipe: Path, stub: Callable[..., Any]) -> None:
+    stub(KeyboardInterrupt())
     done = qat("block-ap", recipe)
     assert done.exit_code == 130
     assert done.stdout == ""
     assert f"continue with `qat block-ap {recipe}`" in done.stderr
+
+
+def test_a_reader_that_is_gone_is_no_interrupt(recipe: Path, stub: Callable[..., Any]) -> None:
+    stub(BrokenPipeError())
+    done = qat("block-ap", recipe)
+    assert done.exit_code == 141
+    assert "interrupted" not in done.stderr
+    assert "what is finished stays" in done.stderr
+    assert f"`qat block-ap {recipe}` and the same options" in done.stderr
 
 
 @pytest.fixture
