@@ -6,6 +6,7 @@ stdout carries data only (the stage's directory, or with --json one object); eve
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from qatcli import __version__
-from qatcli.errors import QatError, UsageError
+from qatcli.errors import QatError, ResourceError, UsageError
 from qatcli.failures import explain
 from qatcli.interrupts import arrived, install, interruptible
 
@@ -182,7 +183,7 @@ def export(
             verbosity=_verbosity(quiet, verbose),
         )
         for result in results:
-            typer.echo(json.dumps(result) if as_json else result["path"])
+            _put(json.dumps(result) if as_json else result["path"])
 
 
 @app.command("run")
@@ -225,7 +226,7 @@ def plan(
 
         result = run_plan(recipe, overrides or [], run_dir=run, device=device)
         if as_json:
-            typer.echo(json.dumps(result))
+            _put(json.dumps(result))
 
 
 @app.command("doctor")
@@ -238,7 +239,7 @@ def doctor(
 
         result = examine()
         if as_json:
-            typer.echo(json.dumps(result))
+            _put(json.dumps(result))
         if result["broken"]:
             raise typer.Exit(1)
 
@@ -252,7 +253,7 @@ def inspect(
     with _reported(f"qat inspect {directory}"):
         from qatcli.chain import describe
 
-        typer.echo(describe(directory, as_json=as_json))
+        _put(describe(directory, as_json=as_json))
 
 
 @app.command("report")
@@ -315,10 +316,14 @@ def _same(command: str) -> str:
 
 
 def _fail(error: QatError) -> NoReturn:
+    _say(error)
+    raise typer.Exit(error.exit_code)
+
+
+def _say(error: QatError) -> None:
     typer.echo(f"error: {error.message}", err=True)
     if error.hint:
         typer.echo(f"\nhint: {error.hint}", err=True)
-    raise typer.Exit(error.exit_code)
 
 
 def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
@@ -326,10 +331,25 @@ def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
     from qatcli.expectations import require
 
     if as_json:
-        typer.echo(json.dumps(result))
+        _put(json.dumps(result))
     elif "path" in result:
-        typer.echo(result["path"])
+        _put(result["path"])
     require(result.get("expectations", []))
+
+
+def _put(data: str) -> None:
+    """Data on stdout. ResourceError when it cannot be written."""
+    try:
+        typer.echo(data)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _unwritten(error) from error
+
+
+def _unwritten(error: OSError) -> ResourceError:
+    hint = "what is finished stays: the same command prints it to another place"
+    return ResourceError(f"cannot write to standard output: {error.strerror}", hint=hint)
 
 
 def _format_names(given: list[str]) -> list[str]:
@@ -344,7 +364,7 @@ def _given_source(source: str | None) -> Path | None:
     """The --from directory; `-` reads it from standard input."""
     if source != "-":
         return Path(source) if source else None
-    line = sys.stdin.readline().strip()
+    line = sys.stdin.readline().strip() if sys.stdin else ""  # None where it is closed
     if not line:
         raise UsageError("--from -: standard input is empty", hint="pipe the previous stage's output into it")
     return Path(line)
@@ -357,4 +377,23 @@ def _verbosity(quiet: bool, verbose: bool) -> int:
 def main() -> None:
     """Entry point of the console script."""
     install()
-    app()
+    if sys.stdout is None:  # the next file that is opened would take its place
+        closed = UsageError("standard output is closed", hint="redirect it to a file, or to /dev/null")
+        _say(closed)
+        sys.exit(closed.exit_code)
+    try:
+        app()
+    except OSError as error:  # from what typer prints: the help, the version
+        unwritten = _unwritten(error)
+        _say(unwritten)
+        sys.exit(unwritten.exit_code)
+    finally:
+        _drop_unwritten()
+
+
+def _drop_unwritten() -> None:
+    """Drop what stdout did not take: Python would try once more when it exits, and show a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -107,6 +107,8 @@ def locked(path: Path) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"{error.filename} is not a directory", hint="choose another --run") from None
+    except FileNotFoundError as error:  # although its parents were made: a file system such as /proc has no other files
+        raise UsageError(f"{error.filename} cannot be made", hint="choose another --run") from None
     while True:
         with _open_lock(file) as handle:
             try:

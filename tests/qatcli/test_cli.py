@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -186,6 +187,41 @@ def test_an_empty_format_is_not_an_export_of_nothing(recipe: Path, names: str) -
     done = qat("export", recipe, "--format", names)
     assert done.exit_code == 2
     assert "--format names no format" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        ("--help >/dev/full", 6, "error: cannot write to standard output: No space left on device"),
+        ("--version >/dev/full", 6, "error: cannot write to standard output: No space left on device"),
+        ("--version >&-", 2, "error: standard output is closed"),
+        ("block-ap {recipe} --from - <&-", 2, "error: --from -: standard input is empty"),
+    ],
+)
+def test_streams_that_are_full_or_closed(recipe: Path, redirected: str, code: int, said: str) -> None:
+    command = f'"{sys.executable}" -m qatcli {redirected.format(recipe=recipe)}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.splitlines()[0] == said
+    assert "Traceback" not in done.stderr
+
+
+def test_a_result_that_cannot_be_written_names_the_stream(
+    recipe: Path, stub: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub({"path": "runs/x/pack"})
+    echo = typer.echo
+
+    def full(message: str, *, err: bool = False) -> None:
+        if not err:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        echo(message, err=True)
+
+    monkeypatch.setattr(typer, "echo", full)
+    done = qat("pack", recipe)
+    assert done.exit_code == 6
+    assert done.stderr.startswith("error: cannot write to standard output: No space left on device\n\nhint: what is")
 
 
 @pytest.mark.parametrize("stdin", ["", "\n"])

@@ -402,6 +402,14 @@ def test_a_lock_is_gone_when_the_stage_is_done(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_run_directory_where_none_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for run, message in [(tmp_path / "file", "is not a directory"), (Path("/proc/x"), "/proc/x cannot be made")]:
+        with pytest.raises(UsageError, match=message), locked(run / "block-ap"):
+            pass
+
+
 # Inputs that no stage wrote.
 
 
