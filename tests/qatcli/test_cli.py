@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import qatcli
 from qatcli import errors, interrupts
 from qatcli.cli import app
+from qatcli.directory import StageDirectory
 from qatcli.stages import STAGES
 
 STAGE_OPTIONS = {"--run", "--from", "--set", "--restart", "--device", "--json", "-q", "--quiet", "-v", "--verbose"}
@@ -164,6 +165,23 @@ def test_from_reads_standard_input(recipe: Path, stub: Callable[..., list[dict[s
     calls = stub({"path": "x"})
     assert qat("block-ap", recipe, "--from", "-", stdin="runs/x/calibrate\n").exit_code == 0
     assert calls[0]["source"] == Path("runs/x/calibrate")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_export_is_printed_when_it_is_finished_and_not_when_all_are(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    def run_stage(_stage: str, _recipe: object, run_dir: Path, *, variant: str, **_: object) -> StageDirectory:
+        if variant == "awq":
+            raise errors.QatError("awq cannot")
+        return StageDirectory(run_dir / variant, {"seconds": 1.0, "metrics": {}})
+
+    monkeypatch.setattr("qatcli.chain.run_stage", run_stage)
+    given = ["--set", "quant.bits=4", "--run", "r", "--format", "gptq,native,awq", *(["--json"] if as_json else [])]
+    done = qat("export", recipe, *given)
+    assert (done.exit_code, done.stderr) == (1, "error: awq cannot\n")
+    lines = done.stdout.splitlines()
+    assert [json.loads(line)["path"] if as_json else line for line in lines] == ["r/gptq", "r/native"]
 
 
 @pytest.mark.parametrize(
