@@ -33,7 +33,7 @@ STAGE_HELP = {
     "block-ap": "Train each block (weights, scales, zero points) against the full-precision block.",
     "e2e-qp": "Train the scales end to end on frozen codes.",
     "pack": "Write the dense bit-packed checkpoint that transformers loads.",
-    "import": "Turn a GPTQ, AWQ or EfficientQAT checkpoint (--from) into the packed form.",
+    "import": "Turn a GPTQ, AWQ, BitBLAS, compressed-tensors or EfficientQAT checkpoint (--from) into the packed form.",
 }
 
 FORMAT_NAMES = "gptq, bitblas, native, gguf, awq, compressed-tensors, dense"
@@ -54,6 +54,7 @@ DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or cuda:N.", show_default="cuda if there is one")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the directory.")]
+JsonToo = Annotated[bool, typer.Option("--json", help="Print one JSON object beside the table.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Print every event.")]
 
@@ -85,6 +86,8 @@ def _stage_command(name: str) -> Callable[..., None]:
             )
             _print_result(result, as_json=as_json)
 
+    if name == "calibrate":  # which has no predecessor, and says so
+        command.__annotations__["source"] = Annotated[str | None, typer.Option("--from", hidden=True)]
     return command
 
 
@@ -124,7 +127,7 @@ def evaluate(
     overrides: SetOption = None,
     restart: RestartOption = False,
     device: DeviceOption = None,
-    as_json: JsonOption = False,
+    as_json: JsonToo = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -164,7 +167,7 @@ def export(
     overrides: SetOption = None,
     restart: RestartOption = False,
     device: DeviceOption = None,
-    as_json: JsonOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per format, not its directory.")] = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -191,7 +194,7 @@ def run_chain(
     recipe: RecipeArgument,
     run: RunOption = None,
     overrides: SetOption = None,
-    restart: RestartOption = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Make every stage again, whatever is there.")] = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -218,7 +221,7 @@ def plan(
     run: RunOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object beside the table.")] = False,
+    as_json: JsonToo = False,
 ) -> None:
     """Predict memory, disk and time of every stage before any of it is spent, and say what runs the result."""
     with _reported(f"qat plan {recipe}"):
@@ -231,7 +234,7 @@ def plan(
 
 @app.command("doctor")
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object beside the table.")] = False,
+    as_json: JsonToo = False,
 ) -> None:
     """Examine this environment (devices, packages, kernels, memory, caches, disk) and say how to fix it."""
     with _reported("qat doctor"):
@@ -247,7 +250,7 @@ def doctor(
 @app.command("inspect")
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A stage directory.", show_default=False)],
-    as_json: JsonOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Say what a stage directory is, and verify the digest of every file."""
     with _reported(f"qat inspect {directory}"):
@@ -262,7 +265,7 @@ def report(
     watching: Annotated[
         bool, typer.Option("--watch", help="Write it again every few seconds until no stage is at work.")
     ] = False,
-    as_json: JsonOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the page's path.")] = False,
 ) -> None:
     """Write report.html and report.json about a run, finished or not."""
     with _reported(f"qat report {run}"):
@@ -316,14 +319,10 @@ def _same(command: str) -> str:
 
 
 def _fail(error: QatError) -> NoReturn:
-    _say(error)
-    raise typer.Exit(error.exit_code)
-
-
-def _say(error: QatError) -> None:
     typer.echo(f"error: {error.message}", err=True)
     if error.hint:
         typer.echo(f"\nhint: {error.hint}", err=True)
+    sys.exit(error.exit_code)
 
 
 def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
@@ -378,15 +377,11 @@ def main() -> None:
     """Entry point of the console script."""
     install()
     if sys.stdout is None:  # the next file that is opened would take its place
-        closed = UsageError("standard output is closed", hint="redirect it to a file, or to /dev/null")
-        _say(closed)
-        sys.exit(closed.exit_code)
+        _fail(UsageError("standard output is closed", hint="redirect it to a file, or to /dev/null"))
     try:
         app()
     except OSError as error:  # from what typer prints: the help, the version
-        unwritten = _unwritten(error)
-        _say(unwritten)
-        sys.exit(unwritten.exit_code)
+        _fail(_unwritten(error))
     finally:
         _drop_unwritten()
 

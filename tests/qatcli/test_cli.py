@@ -111,6 +111,28 @@ def test_every_stage_has_a_command_with_the_same_options() -> None:
     assert all(FROZEN[name] >= STAGE_OPTIONS for name in STAGES)
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("block-ap", "Make the stage again"),
+        ("run", "Make every stage again"),
+        ("inspect", "instead of text"),
+        ("report", "instead of the page's path"),
+        ("eval", "beside the table"),
+        ("export", "JSON object per format"),
+    ],
+)
+def test_the_help_says_what_the_option_does_there(command: str, said: str) -> None:
+    assert said in " ".join(qat(command, "--help").output.split())
+
+
+def test_only_the_first_stage_hides_an_input(recipe: Path) -> None:
+    assert "--from" in qat("block-ap", "--help").output
+    assert "--from" not in qat("calibrate", "--help").output
+    refused = qat("calibrate", recipe, "--from", "x", "--run", recipe.parent / "run", "--device", "cpu")
+    assert "the first stage takes no --from" in refused.stderr
+
+
 def test_the_version() -> None:
     shown = qat("--version")
     assert (shown.exit_code, shown.stdout) == (0, f"qat {qatcli.__version__}\n")
