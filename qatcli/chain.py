@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,26 +55,25 @@ def run_exports(
     restart: bool,
     device: str | None,
     verbosity: int,
-) -> list[dict[str, Any]]:
-    """Export to every format named, or to the recipe's; one {stage, format, path, seconds, metrics} each."""
+) -> Iterator[dict[str, Any]]:
+    """Export to every format named, or the recipe's; {stage, format, path, seconds, metrics} of each when it is done.
+
+    A later one may fail, and those before it stay.
+    """
     chosen = [f"export.formats=[{','.join(formats)}]"] if formats else []
     recipe, run_dir, log = _begin(recipe_file, [*overrides, *chosen], run_dir, verbosity)
-    results = []
     for name in recipe.export.formats:
         done = run_stage(
             "export", recipe, run_dir, variant=name, source=source, restart=restart, device=device, log=log
         )
         facts = done.facts
-        results.append(
-            {
-                "stage": "export",
-                "format": name,
-                "path": str(done.path),
-                "seconds": facts["seconds"],
-                "metrics": facts["metrics"],
-            }
-        )
-    return results
+        yield {
+            "stage": "export",
+            "format": name,
+            "path": str(done.path),
+            "seconds": facts["seconds"],
+            "metrics": facts["metrics"],
+        }
 
 
 def run_eval(

@@ -6,6 +6,7 @@ stdout carries data only (the stage's directory, or with --json one object); eve
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from qatcli import __version__
-from qatcli.errors import QatError, UsageError
+from qatcli.errors import QatError, ResourceError, UsageError
 from qatcli.failures import explain
 from qatcli.interrupts import arrived, install, interruptible
 
@@ -32,7 +33,7 @@ STAGE_HELP = {
     "block-ap": "Train each block (weights, scales, zero points) against the full-precision block.",
     "e2e-qp": "Train the scales end to end on frozen codes.",
     "pack": "Write the dense bit-packed checkpoint that transformers loads.",
-    "import": "Turn a GPTQ, AWQ or EfficientQAT checkpoint (--from) into the packed form.",
+    "import": "Turn a GPTQ, AWQ, BitBLAS, compressed-tensors or EfficientQAT checkpoint (--from) into the packed form.",
 }
 
 FORMAT_NAMES = "gptq, bitblas, native, gguf, awq, compressed-tensors, dense"
@@ -53,6 +54,7 @@ DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or cuda:N.", show_default="cuda if there is one")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the directory.")]
+JsonToo = Annotated[bool, typer.Option("--json", help="Print one JSON object beside the table.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Print every event.")]
 
@@ -84,6 +86,8 @@ def _stage_command(name: str) -> Callable[..., None]:
             )
             _print_result(result, as_json=as_json)
 
+    if name == "calibrate":  # which has no predecessor, and says so
+        command.__annotations__["source"] = Annotated[str | None, typer.Option("--from", hidden=True)]
     return command
 
 
@@ -123,7 +127,7 @@ def evaluate(
     overrides: SetOption = None,
     restart: RestartOption = False,
     device: DeviceOption = None,
-    as_json: JsonOption = False,
+    as_json: JsonToo = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -153,14 +157,17 @@ def export(
         typer.Option("--format", metavar="NAME", help=f"{FORMAT_NAMES}; repeatable, or separated by commas."),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Read back and compare what was written.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify", help="Read back and compare what was written.", show_default="as the recipe says"
+        ),
+    ] = None,
     run: RunOption = None,
     source: FromOption = None,
     overrides: SetOption = None,
     restart: RestartOption = False,
     device: DeviceOption = None,
-    as_json: JsonOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per format, not its directory.")] = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -170,8 +177,8 @@ def export(
 
         results = run_exports(
             recipe,
-            [*(overrides or []), *([] if verify else ["export.verify=false"])],
-            [name.strip() for given in formats or [] for name in given.split(",")],
+            [*(overrides or []), *([] if verify is None else [f"export.verify={str(verify).lower()}"])],
+            _format_names(formats or []),
             run_dir=run,
             source=_given_source(source),
             restart=restart,
@@ -179,7 +186,7 @@ def export(
             verbosity=_verbosity(quiet, verbose),
         )
         for result in results:
-            typer.echo(json.dumps(result) if as_json else result["path"])
+            _put(json.dumps(result) if as_json else result["path"])
 
 
 @app.command("run")
@@ -187,7 +194,7 @@ def run_chain(
     recipe: RecipeArgument,
     run: RunOption = None,
     overrides: SetOption = None,
-    restart: RestartOption = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Make every stage again, whatever is there.")] = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -214,7 +221,7 @@ def plan(
     run: RunOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object beside the table.")] = False,
+    as_json: JsonToo = False,
 ) -> None:
     """Predict memory, disk and time of every stage before any of it is spent, and say what runs the result."""
     with _reported(f"qat plan {recipe}"):
@@ -222,12 +229,12 @@ def plan(
 
         result = run_plan(recipe, overrides or [], run_dir=run, device=device)
         if as_json:
-            typer.echo(json.dumps(result))
+            _put(json.dumps(result))
 
 
 @app.command("doctor")
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object beside the table.")] = False,
+    as_json: JsonToo = False,
 ) -> None:
     """Examine this environment (devices, packages, kernels, memory, caches, disk) and say how to fix it."""
     with _reported("qat doctor"):
@@ -235,7 +242,7 @@ def doctor(
 
         result = examine()
         if as_json:
-            typer.echo(json.dumps(result))
+            _put(json.dumps(result))
         if result["broken"]:
             raise typer.Exit(1)
 
@@ -243,13 +250,13 @@ def doctor(
 @app.command("inspect")
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A stage directory.", show_default=False)],
-    as_json: JsonOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Say what a stage directory is, and verify the digest of every file."""
     with _reported(f"qat inspect {directory}"):
         from qatcli.chain import describe
 
-        typer.echo(describe(directory, as_json=as_json))
+        _put(describe(directory, as_json=as_json))
 
 
 @app.command("report")
@@ -258,7 +265,7 @@ def report(
     watching: Annotated[
         bool, typer.Option("--watch", help="Write it again every few seconds until no stage is at work.")
     ] = False,
-    as_json: JsonOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the page's path.")] = False,
 ) -> None:
     """Write report.html and report.json about a run, finished or not."""
     with _reported(f"qat report {run}"):
@@ -285,8 +292,10 @@ def _reported(command: str, *, verbose: bool = False) -> Iterator[None]:
     try:
         with interruptible():
             yield
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         _interrupted(command)
+    except BrokenPipeError:
+        _unread(command)
     except typer.Exit:
         raise
     except Exception as error:
@@ -296,16 +305,24 @@ def _reported(command: str, *, verbose: bool = False) -> Iterator[None]:
 
 
 def _interrupted(command: str) -> NoReturn:
-    unless = ", but without --restart" if "--restart" in sys.argv else ""
-    typer.echo(f"\ninterrupted; continue with `{command}` and the same options{unless}", err=True)
+    typer.echo(f"\ninterrupted; continue with {_same(command)}", err=True)
     raise typer.Exit(130) from None
+
+
+def _unread(command: str) -> NoReturn:
+    typer.echo(f"\nnothing reads the output any more; what is finished stays. To go on: {_same(command)}", err=True)
+    raise typer.Exit(141) from None  # what a shell says of a process that SIGPIPE ended
+
+
+def _same(command: str) -> str:
+    return f"`{command}` and the same options{', but without --restart' if '--restart' in sys.argv else ''}"
 
 
 def _fail(error: QatError) -> NoReturn:
     typer.echo(f"error: {error.message}", err=True)
     if error.hint:
         typer.echo(f"\nhint: {error.hint}", err=True)
-    raise typer.Exit(error.exit_code)
+    sys.exit(error.exit_code)
 
 
 def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
@@ -313,17 +330,40 @@ def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
     from qatcli.expectations import require
 
     if as_json:
-        typer.echo(json.dumps(result))
+        _put(json.dumps(result))
     elif "path" in result:
-        typer.echo(result["path"])
+        _put(result["path"])
     require(result.get("expectations", []))
+
+
+def _put(data: str) -> None:
+    """Data on stdout. ResourceError when it cannot be written."""
+    try:
+        typer.echo(data)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _unwritten(error) from error
+
+
+def _unwritten(error: OSError) -> ResourceError:
+    hint = "what is finished stays: the same command prints it to another place"
+    return ResourceError(f"cannot write to standard output: {error.strerror}", hint=hint)
+
+
+def _format_names(given: list[str]) -> list[str]:
+    """The formats of every --format. UsageError for an empty name: a variable that a script did not set."""
+    names = [name.strip() for option in given for name in option.split(",")]
+    if not all(names):
+        raise UsageError("--format names no format", hint=f"give some of {FORMAT_NAMES}, or leave it out")
+    return names
 
 
 def _given_source(source: str | None) -> Path | None:
     """The --from directory; `-` reads it from standard input."""
     if source != "-":
         return Path(source) if source else None
-    line = sys.stdin.readline().strip()
+    line = sys.stdin.readline().strip() if sys.stdin else ""  # None where it is closed
     if not line:
         raise UsageError("--from -: standard input is empty", hint="pipe the previous stage's output into it")
     return Path(line)
@@ -336,4 +376,19 @@ def _verbosity(quiet: bool, verbose: bool) -> int:
 def main() -> None:
     """Entry point of the console script."""
     install()
-    app()
+    if sys.stdout is None:  # the next file that is opened would take its place
+        _fail(UsageError("standard output is closed", hint="redirect it to a file, or to /dev/null"))
+    try:
+        app()
+    except OSError as error:  # from what typer prints: the help, the version
+        _fail(_unwritten(error))
+    finally:
+        _drop_unwritten()
+
+
+def _drop_unwritten() -> None:
+    """Drop what stdout did not take: Python would try once more when it exits, and show a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -107,6 +107,8 @@ def locked(path: Path) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"{error.filename} is not a directory", hint="choose another --run") from None
+    except FileNotFoundError as error:  # although its parents were made: a file system such as /proc has no other files
+        raise UsageError(f"{error.filename} cannot be made", hint="choose another --run") from None
     while True:
         with _open_lock(file) as handle:
             try:
@@ -171,23 +173,30 @@ def _forget(path: Path) -> None:
 def begin(path: Path, identity: dict[str, Any], *, restart: bool) -> Path:
     """The partial directory to work in: a new one, or that of an interrupted run with the same `identity`.
 
-    InputError names what differs when an interrupted run had another identity.
+    InputError names what differs when an interrupted run had another identity and has made something.
     """
     check()
     partial = path.with_name(path.name + ".partial")
-    if restart or not (partial / RESUME_FILE).is_file():
-        _discard(partial)  # without resume.json it was killed before it began: nothing in it is worth keeping
-        partial.mkdir(parents=True)
-        write_json(partial / RESUME_FILE, identity)
-        return partial
-    for file in (partial, *partial.rglob("*")):
-        if file.is_symlink():
-            raise InputError(f"{file} is a link; an unfinished stage has none", hint="remove it, or use --restart")
-    refuse_changes(read_json(partial / RESUME_FILE), identity, partial)
-    for file in partial.rglob("*" + WRITING):
-        file.unlink()  # half of a file that the resumed stage writes again
-    _cut_torn_line(partial / LOG_FILE)
+    if not restart and (partial / RESUME_FILE).is_file():
+        for file in (partial, *partial.rglob("*")):
+            if file.is_symlink():
+                raise InputError(f"{file} is a link; an unfinished stage has none", hint="remove it, or use --restart")
+        if is_begun(path, identity) or _holds_work(partial):
+            refuse_changes(read_json(partial / RESUME_FILE), identity, partial)
+            for file in partial.rglob("*" + WRITING):
+                file.unlink()  # half of a file that the resumed stage writes again
+            _cut_torn_line(partial / LOG_FILE)
+            return partial
+    _discard(partial)  # killed before it began, failed before it made anything, or not wanted: nothing to keep
+    partial.mkdir(parents=True)
+    write_json(partial / RESUME_FILE, identity)
     return partial
+
+
+def _holds_work(partial: Path) -> bool:
+    """Whether an unfinished stage made anything that another one would have to make again."""
+    own = (RESUME_FILE, LOG_FILE)
+    return any(file.is_file() and file.name not in own and file.suffix != WRITING for file in partial.rglob("*"))
 
 
 def _cut_torn_line(log: Path) -> None:
@@ -214,8 +223,18 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any], path: Path) -> None
     if changes:
         raise InputError(
             f"{path} was made from something else:\n" + "\n".join(changes),
-            hint="use --restart to make it again, --run for another run directory, or put the recipe back",
+            hint=f"`qat {_command(path, new)} --restart` makes this stage again (that of `qat run` makes every stage); "
+            "or use --run for another run directory, or put the recipe back",
         )
+
+
+def _command(path: Path, identity: dict[str, Any]) -> str:
+    """The command that makes the stage directory `path`."""
+    name = path.name.removesuffix(".partial")
+    if "variant" in identity:
+        return f"export --format {name}"
+    is_baseline = path.parent.name == "gptq" and not (path.parent / "calibrate").exists()  # no run of that name
+    return "eval" if is_baseline else name
 
 
 def commit(path: Path, partial: Path, facts: dict[str, Any]) -> StageDirectory:

@@ -69,6 +69,12 @@ def open_source(source: DataSource) -> list[Part]:
     paths = local_paths(source.source) if source.files is None else _download(source)
     if paths is None:
         return [Part(source.source, lambda: _hub_rows(source))]
+    ignored = [key for key, given in _of_datasets(source).items() if given and source.files is None]
+    if ignored:
+        raise InputError(
+            f"{source.source}: without effect on local files: {', '.join(ignored)}",
+            hint="give a glob of the files that are meant; only a folder without data files directly in it has splits",
+        )
     return [Part(str(path), _file_reader(path), is_text_file(path)) for path in paths]
 
 
@@ -91,6 +97,11 @@ def local_paths(source: str) -> list[Path] | None:
     if _HUB_ID.fullmatch(source) and file_kind(path) not in SUFFIXES:
         return None
     raise InputError(f"{source}: no such file", hint=_LOCAL_HINT)
+
+
+def _of_datasets(source: DataSource) -> dict[str, bool]:
+    """The keys that mean something to `datasets` alone, and whether `source` sets them."""
+    return {"name": source.name is not None, "split": source.split != "train", "streaming": source.streaming}
 
 
 def _is_data(file: Path) -> bool:

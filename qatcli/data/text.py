@@ -35,7 +35,8 @@ def text_tokens(source: str, tokenizer: PreTrainedTokenizerBase, *, file: str | 
     elif Path(source).expanduser().is_file():
         text = read_text(Path(source).expanduser())
     else:
-        raise InputError(f"{source}: no such text", hint="give `wikitext2`, `c4`, or the path of a text file")
+        what = "is a folder, not a text" if Path(source).expanduser().is_dir() else "no such text"
+        raise InputError(f"{source}: {what}", hint="give `wikitext2`, `c4`, or the path of a text file")
     return torch.from_numpy(encode_text(tokenizer, text).astype(np.int64))
 
 

@@ -59,7 +59,7 @@ def override(name: str, folder: Path) -> dict[str, Any]:
     path = folder / task.file
     if not path.is_file():
         files = ", ".join(each.file for each in LOCAL_TASKS.values())
-        raise InputError(f"{path} does not exist", hint=f"eval.zero_shot.data is a folder with {files}")
+        raise InputError(f"{path} does not exist", hint=f"a folder of local rows has {files}")
     splits = {f"{split}_split": split if split == task.split else None for split in ("training", "validation", "test")}
     return {"task": name, "custom_dataset": partial(_splits, path, task), **splits}
 

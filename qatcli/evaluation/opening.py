@@ -29,19 +29,20 @@ from qatcli.recipe.locations import is_local
 from qatcli.shards import shard_map
 
 MODEL_KINDS = ("calibration", "quantized", "packed", "exported")
+_GIVE = "give a model directory, a GGUF file, a hub id or a recipe"
 
 
 def open_candidate(target: str, device: torch.device, *, keep: bool = False) -> Candidate:
     """The model at `target`: a directory, a GGUF file or a hub id. InputError when it is none, or is damaged."""
     path = Path(target)
     if not path.exists() and is_local(target):
-        raise InputError(f"{target} does not exist", hint="give a model directory, a GGUF file, a hub id or a recipe")
-    if (path / STAGE_FILE).is_file():
-        open_stage(path, kinds=MODEL_KINDS)
+        raise InputError(f"{target} does not exist", hint=_GIVE)
+    if (path / STAGE_FILE).is_file() and (kind := open_stage(path).kind) not in MODEL_KINDS:
+        raise InputError(f"{path} holds a {kind}, not a model", hint="give another stage of the run, such as `pack`")
     if path.is_dir() and not (path / "config.json").is_file():
         path = _only_gguf(path)
     if not path.is_dir():
-        return full_precision(open_source(str(path)), device, keep=keep, name=target)
+        return _dense(str(path), target, device, keep=keep)
     quantization = read_config(path).get("quantization_config") or {}
     if quantization.get("quant_method") == QUANT_METHOD:
         return packed(target, path, device)
@@ -50,7 +51,7 @@ def open_candidate(target: str, device: torch.device, *, keep: bool = False) -> 
         return Candidate(
             target, lambda: _import(path, device), lambda: load_tokenizer(path), path, f"{kind}, imported bit for bit"
         )
-    return full_precision(open_source(target), device, keep=keep, name=target)
+    return _dense(target, target, device, keep=keep)
 
 
 def _only_gguf(path: Path) -> Path:
@@ -59,6 +60,15 @@ def _only_gguf(path: Path) -> Path:
         found = f"{len(files)} GGUF files" if files else "neither config.json nor a GGUF file"
         raise InputError(f"{path} holds {found}", hint="give a model directory or one GGUF file")
     return files[0]
+
+
+def _dense(location: str, name: str, device: torch.device, *, keep: bool) -> Candidate:
+    """A model that transformers loads by itself."""
+    try:
+        source = open_source(location)
+    except InputError as error:  # says where a recipe names it
+        raise InputError(error.message.removeprefix("model.source "), hint=error.hint or _GIVE) from error
+    return full_precision(source, device, keep=keep, name=name)
 
 
 def _import(path: Path, device: torch.device) -> Any:

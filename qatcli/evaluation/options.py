@@ -9,11 +9,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qatcli.errors import UsageError
-from qatcli.recipe.locations import BUILT_IN_TEXTS
-from qatcli.recipe.problems import from_pydantic
+from qatcli.recipe.locations import BUILT_IN_TEXTS, RELATIVE
+from qatcli.recipe.problems import Problem, from_pydantic
 from qatcli.recipe.schema import EvalSection
 
 PAPER = "paper"  # stands for the default tasks
+OPTIONS = {"name": "--text", "source": "--text", "file": "--text", "tasks": "--zero-shot"}  # by key, if not --KEY
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,20 @@ def section(options: ModelOptions) -> EvalSection:
     """The section; without texts and tasks, the perplexity of wikitext2. UsageError for what no recipe could say."""
     if options.zero_shot is None and (options.data or options.limit):
         raise UsageError(f"{'--data' if options.data else '--limit'} needs --zero-shot", hint="add --zero-shot paper")
+    if options.zero_shot is not None and not _tasks(options.zero_shot):
+        raise UsageError("--zero-shot names no task", hint="`--zero-shot paper` is the usual five")
     texts = list(options.text) or ([] if options.zero_shot else ["wikitext2"])
     window = {"seq_len": options.seq_len, "windows": options.windows, "bos": "window" if options.bos else None}
     asked = {key: value for key, value in window.items() if value is not None}
+    perplexity = {}
+    for text in texts:
+        keys = _text(text)
+        if keys["name"] in perplexity:
+            hint = "figures go by the name of a text's file: rename or link one of them, or measure them one by one"
+            raise UsageError(f"--text {text}: an earlier text is called {keys['name']}, too", hint=hint)
+        perplexity[keys["name"]] = {**keys, **asked}
     content = {
-        "perplexity": [{**_text(text), **asked} for text in texts],
+        "perplexity": list(perplexity.values()),
         "kl": options.against is not None,
         "zero_shot": None if options.zero_shot is None else _zero_shot(options),
         **({"speed": None} if options.no_speed else {}),
@@ -56,8 +66,15 @@ def section(options: ModelOptions) -> EvalSection:
     try:
         return EvalSection.model_validate(content, context=Path.cwd())
     except ValidationError as error:
-        lines = [from_pydantic(detail).line("qat eval") for detail in error.errors()]
+        lines = dict.fromkeys(_line(from_pydantic(detail)) for detail in error.errors())  # one for all texts
         raise UsageError("\n".join(lines), hint="`qat eval --help` lists the options") from error
+
+
+def _line(problem: Problem) -> str:
+    """What is wrong, said of the option that gave the key."""
+    key = next(str(part) for part in reversed(problem.key) if isinstance(part, str))
+    option = OPTIONS.get(key, f"--{key.replace('_', '-')}")
+    return f"{option} {problem.value}: {problem.text.removesuffix(RELATIVE)}"
 
 
 def _text(given: str) -> dict[str, str]:
@@ -69,6 +86,10 @@ def _text(given: str) -> dict[str, str]:
 
 
 def _zero_shot(options: ModelOptions) -> dict[str, object]:
-    tasks = [name.strip() for name in (options.zero_shot or "").split(",") if name.strip()]
+    tasks = _tasks(options.zero_shot or "")
     named = {} if tasks == [PAPER] else {"tasks": tasks}
     return {**named, "data": options.data, "limit": options.limit}
+
+
+def _tasks(given: str) -> list[str]:
+    return [name.strip() for name in given.split(",") if name.strip()]

@@ -25,22 +25,25 @@ FORMAT_BITS: Mapping[str, tuple[int, ...]] = {
     "awq": (2, 3, 4),
     "gguf": (2, 3, 4),
 }
-"""Bits that each export format can carry."""
+"""Bits that each export format can carry; awq carries less than 4 with `export.awq_promote` only."""
 
 _LARGEST_ABSOLUTE_RATE = 0.1
 _SMALLEST_REACH = 1e-3
+_OF_DATASETS = ("name", "split", "streaming")  # keys of a source that `datasets` loads as a whole
 
 Check = Callable[[Recipe], Iterator[Problem]]
 
 
 def _format_carries_bits(recipe: Recipe) -> Iterator[Problem]:
     used = {recipe.quant.bits, *(override.bits for override in recipe.quant.overrides if override.bits)}
+    carried = FORMAT_BITS if recipe.export.awq_promote else {**FORMAT_BITS, "awq": (4,)}
     for index, name in enumerate(recipe.export.formats):
-        too_many = sorted(used.difference(FORMAT_BITS[name]))
+        too_many = sorted(used.difference(carried[name]))
         if too_many:
-            able = ", ".join(other for other, bits in FORMAT_BITS.items() if used.issubset(bits))
+            able = ", ".join(other for other, bits in carried.items() if used.issubset(bits))
+            unless = " without export.awq_promote" if used.issubset(FORMAT_BITS[name]) else ""
             bits = " and ".join(str(bit) for bit in too_many)
-            yield Problem(("export", "formats", index), f"cannot carry {bits} bits; these can: {able}", name)
+            yield Problem(("export", "formats", index), f"cannot carry {bits} bits{unless}; these can: {able}", name)
 
 
 def _gguf_file_is_there(recipe: Recipe) -> Iterator[Problem]:
@@ -67,10 +70,11 @@ def _data_keys_have_effect(recipe: Recipe) -> Iterator[Problem]:
             is_folder = os.path.isdir(source.source)  # `datasets` may find configurations and splits in it
             given = {key for key in ("name", "revision", "files") if getattr(source, key) is not None}
             given |= {"streaming"} if source.streaming else set()
-            for key in sorted(given - {"name", "streaming"} if is_folder else given):
+            given |= {"split"} if source.split != type(source).model_fields["split"].default else set()
+            for key in sorted(given.difference(_OF_DATASETS) if is_folder else given):
                 if is_local(source.source):
                     yield Problem((*place, key), "has no effect on local files", getattr(source, key))
-                elif source.files is not None and key in ("name", "streaming"):
+                elif source.files is not None and key in _OF_DATASETS:
                     yield Problem((*place, key), "has no effect beside `files`", getattr(source, key))
 
 
@@ -146,7 +150,7 @@ def _expected_is_measured(recipe: Recipe) -> Iterator[Problem]:
 _RATES = ("lr_units", "lr_weights", "lr_scales", "lr_zero_points", "lr_norms")
 
 CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
-    (_format_carries_bits, ("quant.bits", "quant.overrides", "export.formats")),
+    (_format_carries_bits, ("quant.bits", "quant.overrides", "export.formats", "export.awq_promote")),
     (_gguf_file_is_there, ("model.source", "model.gguf_file")),
     (_data_keys_have_effect, ("calibrate.data", "e2e_qp.data")),
     (_micro_batch_divides, ("e2e_qp.batch_size", "e2e_qp.micro_batch_size")),

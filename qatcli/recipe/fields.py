@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
@@ -14,6 +15,11 @@ def _not_a_boolean(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("must be a number")
     return value
+
+
+def number(value: Any) -> Any:
+    """The number that a text of digits is, which is what a variable expands to; anything else as it is."""
+    return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value) else value
 
 
 def _group_size(value: int) -> int:
@@ -39,6 +45,7 @@ def _data_folder(value: str, info: ValidationInfo) -> str:
 
 
 Number = BeforeValidator(_not_a_boolean)
+Bits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(number)]
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Number, Field(ge=1)]
 CountOrZero = Annotated[int, Number, Field(ge=0)]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 BUILT_IN_TEXTS = ("wikitext2", "c4")
+RELATIVE = " (paths are relative to the recipe file)"  # ends what is said of a path that is not there
 
 _VARIABLE = re.compile(r"\$?\$\{([^{}]*)\}")
 _NAME = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
@@ -86,7 +87,7 @@ def resolve_folder(source: str, folder: Path) -> str:
     """The absolute path of an existing folder. Raises ValueError if there is none."""
     path = absolute(source, folder)
     if not os.path.isdir(path):
-        raise ValueError(f"no such folder: {path} (paths are relative to the recipe file)")
+        raise ValueError(f"no such folder: {path}{RELATIVE}")
     return path
 
 
@@ -97,4 +98,4 @@ def _existing(source: str, folder: Path) -> str:
     if glob.has_magic(path) and "\0" not in path and any(glob.iglob(path, recursive=True)):
         return path
     what = "no file matches" if glob.has_magic(source) else "no such file or folder:"
-    raise ValueError(f"{what} {path} (paths are relative to the recipe file)")
+    raise ValueError(f"{what} {path}{RELATIVE}")

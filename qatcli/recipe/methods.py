@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from qatcli.recipe.fields import number
+
 if TYPE_CHECKING:
     from qatcli.recipe.schema import Recipe
 
@@ -72,7 +74,7 @@ def fill(recipe: Mapping[Any, Any]) -> dict[Any, Any]:
     filled = {key: value for key, value in recipe.items() if value is not None}
     method = filled.get("method", "qat")
     quant = filled.get("quant")
-    bits = quant.get("bits") if isinstance(quant, Mapping) else None
+    bits = number(quant.get("bits")) if isinstance(quant, Mapping) else None
     if not isinstance(method, str) or method not in METHODS:
         return filled
     for section, defaults in preset(method, bits if isinstance(bits, int) else 4).items():

@@ -51,6 +51,12 @@ def from_pydantic(error: ErrorDetails) -> Problem:
         return Problem(key, "must be a mapping of keys", value)
     if kind == "string_type":
         return Problem(key, "must be text; quote it if it is", value)
+    if kind == "tuple_type":
+        return Problem(key, f"must be a list{_example(key, value)}", value)
+    if kind == "too_short":
+        return Problem(key, "must not be an empty list", value)
+    if kind == "string_too_short":
+        return Problem(key, "must not be empty", value)
     text = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return Problem(key, text, None if isinstance(value, dict) else value)
 
@@ -81,6 +87,16 @@ def _unknown_key(key: Key) -> str:
 def _not_a_choice(key: Key, value: Any) -> str:
     choices = [str(choice) for choice in get_args(_annotation_at(key))]
     return f"must be one of {', '.join(choices)}{nearest(value, choices)}"
+
+
+def _example(key: Key, value: Any) -> str:
+    """`, such as [X]` for the list that belongs at `key`; what its items have if these are mappings."""
+    item = plain_type(get_args(_annotation_at(key))[0])
+    if isinstance(item, type) and issubclass(item, BaseModel):
+        return f" of mappings with {' and '.join(n for n, field in item.model_fields.items() if field.is_required())}"
+    choices = get_args(item)
+    example = value if isinstance(value, str) and (value in choices or not choices) else next(iter(choices), None)
+    return f", such as [{example}]" if example else ""
 
 
 def _sections_with(name: str) -> list[str]:

@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from qatcli.recipe.methods import preset
+from qatcli.recipe.methods import METHODS, preset
 from qatcli.recipe.problems import plain_type
 from qatcli.recipe.schema import DataSource, Expectation, ModuleOverride, PerplexityText, Recipe
 
@@ -71,9 +71,12 @@ def _rows(model: type[BaseModel], section: str) -> Iterator[tuple[str, ...]]:
                     yield f"`{name}`", "keys, null", default, "", " ".join((field.description or "").split())
                 yield from ((f"`{name}.{row[0].strip('`')}`", *row[1:]) for row in _rows(inner, ""))
             continue
-        default = "required" if field.is_required() else f"`{_yaml(field.get_default())}`"
+        given = field.get_default()
+        default = "required" if field.is_required() else _with("qat", section, name, given)
+        is_preset = any(name in preset(method, 2).get(section, {}) for method in METHODS)
+        published = _with("efficientqat", section, name, given) if is_preset else ""
         meaning = " ".join((field.description or "").split())
-        yield f"`{name}`", _values(field), default, _with_efficientqat(section, name), meaning
+        yield f"`{name}`", _values(field), default, published, meaning
 
 
 def _values(field: FieldInfo) -> str:
@@ -104,13 +107,12 @@ def _type_name(annotation: Any) -> str:
     return "items, see below" if _is_section(annotation) else _TYPE_NAMES[annotation]
 
 
-def _with_efficientqat(section: str, name: str) -> str:
-    at_two, above = (preset("efficientqat", bits).get(section, {}) for bits in (2, 4))
-    if name not in at_two:
-        return ""
-    if at_two[name] == above[name]:
-        return f"`{_yaml(at_two[name])}`"
-    return f"`{_yaml(at_two[name])}` at 2 bits, else `{_yaml(above[name])}`"
+def _with(method: str, section: str, name: str, default: Any) -> str:
+    """What a key that is left out means with `method`: its preset's value, or the schema's."""
+    at_two, above = (preset(method, bits).get(section, {}).get(name, default) for bits in (2, 4))
+    if at_two == above:
+        return f"`{_yaml(at_two)}`"
+    return f"`{_yaml(at_two)}` at 2 bits, else `{_yaml(above)}`"
 
 
 def _yaml(value: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qatcli.recipe.fields import (
+    Bits,
     Count,
     CountOrZero,
     DataFolder,
@@ -32,7 +33,6 @@ from qatcli.recipe.fields import (
 )
 from qatcli.recipe.methods import Method, fill
 
-Bits = Literal[2, 3, 4, 8]
 Format = Literal["gptq", "bitblas", "native", "gguf", "awq", "compressed-tensors", "dense"]
 Baseline = Literal["full_precision", "round_to_nearest", "calibrate", "gptq", "block_ap"]
 
@@ -269,10 +269,10 @@ class PackSection(Section):
 class ExportSection(Section):
     """`qat export`: formats of other runtimes."""
 
-    formats: tuple[Format, ...] = ("native",)
+    formats: Annotated[tuple[Format, ...], Field(min_length=1)] = ("native",)
     """What to write; `qat export --format` chooses others."""
     verify: bool = True
-    """Read every export back with other code and compare it; `qat export --no-verify` sets this to false."""
+    """Read every export back with other code and compare it; `qat export --verify` and `--no-verify` set this."""
     runtimes: bool = True
     """Also load it in the installed libraries that serve the format and compare logits."""
     dtype: Literal["float16", "bfloat16"] = "float16"
@@ -283,8 +283,8 @@ class ExportSection(Section):
     """awq: let 2- and 3-bit codes ride in 4 bits."""
     bitblas_zeros: Literal["qzeros", "zeros"] = "qzeros"
     """bitblas: name of the zero-point tensor, `qzeros` since GPTQModel 5, `zeros` before."""
-    gguf_type: Name = "auto"
-    """gguf: `auto` (smallest that fits), `exact` (no rounded offset), or a block type such as `Q8_0`."""
+    gguf_type: Literal["auto", "exact", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q4_K", "Q2_0"] = "auto"
+    """gguf: `auto` (smallest that fits), `exact` (no rounded offset), or one block type for all."""
     gguf_embedding: Literal["F16", "Q8_0"] = "F16"
     """gguf: type of the embeddings and the head."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 import qatcli
 from qatcli import errors, interrupts
 from qatcli.cli import app
+from qatcli.directory import StageDirectory
 from qatcli.stages import STAGES, choose_device
 
 STAGE_OPTIONS = {"--run", "--from", "--set", "--restart", "--device", "--json", "-q", "--quiet", "-v", "--verbose"}
@@ -109,6 +111,28 @@ def test_every_stage_has_a_command_with_the_same_options() -> None:
     assert all(FROZEN[name] >= STAGE_OPTIONS for name in STAGES)
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("block-ap", "Make the stage again"),
+        ("run", "Make every stage again"),
+        ("inspect", "instead of text"),
+        ("report", "instead of the page's path"),
+        ("eval", "beside the table"),
+        ("export", "JSON object per format"),
+    ],
+)
+def test_the_help_says_what_the_option_does_there(command: str, said: str) -> None:
+    assert said in " ".join(qat(command, "--help").output.split())
+
+
+def test_only_the_first_stage_hides_an_input(recipe: Path) -> None:
+    assert "--from" in qat("block-ap", "--help").output
+    assert "--from" not in qat("calibrate", "--help").output
+    refused = qat("calibrate", recipe, "--from", "x", "--run", recipe.parent / "run", "--device", "cpu")
+    assert "the first stage takes no --from" in refused.stderr
+
+
 def test_the_version() -> None:
     shown = qat("--version")
     assert (shown.exit_code, shown.stdout) == (0, f"qat {qatcli.__version__}\n")
@@ -165,7 +189,79 @@ def test_from_reads_standard_input(recipe: Path, stub: Callable[..., list[dict[s
     assert calls[0]["source"] == Path("runs/x/calibrate")
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_export_is_printed_when_it_is_finished_and_not_when_all_are(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    def run_stage(_stage: str, _recipe: object, run_dir: Path, *, variant: str, **_: object) -> StageDirectory:
+        if variant == "awq":
+            raise errors.QatError("awq cannot")
+        return StageDirectory(run_dir / variant, {"seconds": 1.0, "metrics": {}})
+
+    monkeypatch.setattr("qatcli.chain.run_stage", run_stage)
+    given = ["--set", "quant.bits=4", "--run", "r", "--format", "gptq,native,awq", *(["--json"] if as_json else [])]
+    done = qat("export", recipe, *given)
+    assert (done.exit_code, done.stderr) == (1, "error: awq cannot\n")
+    lines = done.stdout.splitlines()
+    assert [json.loads(line)["path"] if as_json else line for line in lines] == ["r/gptq", "r/native"]
+
+
+@pytest.mark.parametrize(
+    ("given", "override"),
+    [([], []), (["--verify"], ["export.verify=true"]), (["--no-verify"], ["export.verify=false"])],
+)
+def test_an_export_is_verified_as_the_option_says_or_else_the_recipe(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], override: list[str]
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr("qatcli.chain.run_exports", lambda _, overrides, *__, **___: calls.append(overrides) or [])
+    assert qat("export", recipe, *given).exit_code == 0
+    assert calls == [override]
+
+
 # What goes wrong.
+
+
+@pytest.mark.parametrize("names", ["", " ", "gptq,"])
+def test_an_empty_format_is_not_an_export_of_nothing(recipe: Path, names: str) -> None:
+    done = qat("export", recipe, "--format", names)
+    assert done.exit_code == 2
+    assert "--format names no format" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        ("--help >/dev/full", 6, "error: cannot write to standard output: No space left on device"),
+        ("--version >/dev/full", 6, "error: cannot write to standard output: No space left on device"),
+        ("--version >&-", 2, "error: standard output is closed"),
+        ("block-ap {recipe} --from - <&-", 2, "error: --from -: standard input is empty"),
+    ],
+)
+def test_streams_that_are_full_or_closed(recipe: Path, redirected: str, code: int, said: str) -> None:
+    command = f'"{sys.executable}" -m qatcli {redirected.format(recipe=recipe)}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.splitlines()[0] == said
+    assert "Traceback" not in done.stderr
+
+
+def test_a_result_that_cannot_be_written_names_the_stream(
+    recipe: Path, stub: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub({"path": "runs/x/pack"})
+    echo = typer.echo
+
+    def full(message: str, *, err: bool = False) -> None:
+        if not err:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        echo(message, err=True)
+
+    monkeypatch.setattr(typer, "echo", full)
+    done = qat("pack", recipe)
+    assert done.exit_code == 6
+    assert done.stderr.startswith("error: cannot write to standard output: No space left on device\n\nhint: what is")
 
 
 @pytest.mark.parametrize("stdin", ["", "\n"])
@@ -319,15 +415,21 @@ def test_what_no_one_foresaw_is_one_sentence_and_keeps_its_traceback(
     assert "Traceback" in qat("block-ap", recipe).stderr
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), BrokenPipeError()])
-def test_an_interrupt_exits_130_and_says_how_to_continue(
-    recipe: Path, stub: Callable[..., Any], error: BaseException
-) -> None:
-    stub(error)
+def test_an_interrupt_exits_130_and_says_how_to_continue(recipe: Path, stub: Callable[..., Any]) -> None:
+    stub(KeyboardInterrupt())
     done = qat("block-ap", recipe)
     assert done.exit_code == 130
     assert done.stdout == ""
     assert f"continue with `qat block-ap {recipe}`" in done.stderr
+
+
+def test_a_reader_that_is_gone_is_no_interrupt(recipe: Path, stub: Callable[..., Any]) -> None:
+    stub(BrokenPipeError())
+    done = qat("block-ap", recipe)
+    assert done.exit_code == 141
+    assert "interrupted" not in done.stderr
+    assert "what is finished stays" in done.stderr
+    assert f"`qat block-ap {recipe}` and the same options" in done.stderr
 
 
 @pytest.fixture

@@ -209,6 +209,34 @@ def test_another_identity_is_refused_by_the_names_of_the_keys(tmp_path: Path) ->
     assert (partial / "block-0").read_text() == "done"
 
 
+def test_a_stage_that_failed_before_it_made_anything_takes_the_corrected_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "eval"
+    partial = begin(path, IDENTITY, restart=False)
+    (partial / "log.jsonl").write_text('{"event": "start"}\n')
+    (partial / "written").mkdir()
+    (partial / "written" / "model.safetensors.writing").write_text("half")
+    assert begin(path, IDENTITY, restart=False) == partial
+    assert (partial / "log.jsonl").is_file()
+    changed = {"input": "corrected"}
+    assert names(begin(path, changed, restart=False)) == ["resume.json"]
+    assert directory.is_begun(path, changed)
+
+
+@pytest.mark.parametrize(
+    ("place", "identity", "command"),
+    [
+        ("runs/x/eval.partial", {}, "qat eval --restart"),
+        ("runs/x/block-ap", {}, "qat block-ap --restart"),
+        ("runs/x/export/awq.partial", {"variant": "awq"}, "qat export --format awq --restart"),
+        ("runs/x/gptq/block-ap", {}, "qat eval --restart"),
+    ],
+)
+def test_the_hint_restarts_one_stage(place: str, identity: dict[str, str], command: str) -> None:
+    with pytest.raises(InputError) as caught:
+        refuse_changes({}, {"input": "a", **identity}, Path(place))
+    assert f"`{command}`" in str(caught.value.hint)
+
+
 def test_restart_begins_with_an_empty_directory(tmp_path: Path) -> None:
     path = tmp_path / "block-ap"
     (begin(path, IDENTITY, restart=False) / "block-0").write_text("done")
@@ -372,6 +400,14 @@ def test_a_lock_is_gone_when_the_stage_is_done(tmp_path: Path) -> None:
         raise RuntimeError("a bug")
     with locked(path):
         pass
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_run_directory_where_none_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for run, message in [(tmp_path / "file", "is not a directory"), (Path("/proc/x"), "/proc/x cannot be made")]:
+        with pytest.raises(UsageError, match=message), locked(run / "block-ap"):
+            pass
 
 
 # Inputs that no stage wrote.

@@ -27,6 +27,17 @@ def test_a_file_a_glob_and_a_folder(write_jsonl: Callable[..., Path], tmp_path: 
         assert [dict(row) for part in parts for _, row in part.rows()] == [{"text": path.stem} for path in expected]
 
 
+@pytest.mark.parametrize("key", [{"split": "validation"}, {"name": "en"}, {"streaming": True}])
+def test_a_folder_of_data_files_has_no_splits(
+    write_jsonl: Callable[..., Path], tmp_path: Path, make_source: Callable[..., Any], key: dict[str, Any]
+) -> None:
+    (tmp_path / "data").mkdir()
+    assert len(open_source(make_source(str(tmp_path), **key))) == 1  # left to `datasets`, which may find them
+    write_jsonl([{"text": "a"}], "validation.jsonl")
+    with pytest.raises(InputError, match=f"without effect on local files: {next(iter(key))}"):
+        open_source(make_source(str(tmp_path), **key))
+
+
 def test_recursive_glob(write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
     deep = write_jsonl([{"text": "a"}], "one/two/a.jsonl")
     assert local_paths(str(tmp_path / "**/*.jsonl")) == [deep]

@@ -65,9 +65,11 @@ def test_wikitext2_has_as_many_tokens_as_others_count(qat_data: Path) -> None:
     assert len(text_tokens("wikitext2", tokenizer, file=str(qat_data / "ppl" / "wiki.test.raw"))) == 341_469
 
 
-@pytest.mark.parametrize("source", ["c4", "nowhere.txt", "."])
-def test_unknown_text(source: str, number_tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(InputError, match="no such text") as caught:
+@pytest.mark.parametrize(
+    ("source", "what"), [("c4", "no such text"), ("nowhere.txt", "no such text"), (".", "is a folder, not a text")]
+)
+def test_unknown_text(source: str, what: str, number_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match=f"{source}: {what}") as caught:
         text_tokens(source, number_tokenizer)
     assert "wikitext2" in str(caught.value.hint)
 

@@ -106,8 +106,9 @@ def test_a_stage_directory_is_verified(packed: Path, tmp_path: Path) -> None:
 def test_a_stage_without_a_model_is_refused(tmp_path: Path) -> None:
     facts = {"kind": "metrics", "stage": "eval", **FACTS}
     commit(tmp_path / "eval", begin(tmp_path / "eval", {}, restart=False), facts)
-    with pytest.raises(InputError, match="holds a metrics"):
+    with pytest.raises(InputError, match="holds a metrics, not a model") as caught:
         open_candidate(str(tmp_path / "eval"), CPU)
+    assert "--from" not in str(caught.value.hint)
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
@@ -115,6 +116,11 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         open_candidate(str(tmp_path), CPU)
     with pytest.raises(InputError, match="does not exist"):
         open_candidate(str(tmp_path / "nothing"), CPU)
+    (tmp_path / "model.bin").touch()
+    for target in ("a/b/c", str(tmp_path / "model.bin")):
+        with pytest.raises(InputError, match=f"^{target} is ") as caught:
+            open_candidate(target, CPU)
+        assert caught.value.hint
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     with pytest.raises(InputError, match="2 GGUF files"):

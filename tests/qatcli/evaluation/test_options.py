@@ -62,14 +62,21 @@ def test_tasks_alone_measure_no_text() -> None:
     [
         (ModelOptions(limit=3), "--limit needs --zero-shot"),
         (ModelOptions(data="."), "--data needs --zero-shot"),
-        (ModelOptions(text=("nowhere.txt",)), "nowhere.txt"),
-        (ModelOptions(text=("c4=nowhere.json",)), "nowhere.json"),
-        (ModelOptions(seq_len=2), "seq_len"),
-        (ModelOptions(windows=0), "windows"),
-        (ModelOptions(zero_shot="paper", data="nowhere"), "no such folder"),
-        (ModelOptions(zero_shot=","), "tasks"),
+        (ModelOptions(text=("nowhere.txt",)), "--text nowhere.txt: no such file or folder: /.*nowhere.txt$"),
+        (ModelOptions(text=("",)), "--text : must not be empty"),
+        (ModelOptions(text=("c4=nowhere.json",)), "--text nowhere.json: no such file"),
+        (ModelOptions(text=("c4", "wikitext2"), seq_len=2), "^--seq-len 2: should be greater than or equal to 8$"),
+        (ModelOptions(windows=0), "^--windows 0: should be greater"),
+        (ModelOptions(zero_shot="paper", data="nowhere"), "--data nowhere: no such folder: /.*nowhere$"),
+        (ModelOptions(zero_shot="paper", limit=-1), "--limit -1: should be greater"),
+        (ModelOptions(zero_shot=","), "--zero-shot names no task"),
+        (ModelOptions(zero_shot=""), "--zero-shot names no task"),
+        (ModelOptions(text=("a/t.txt", "b/t.txt")), "--text b/t.txt: an earlier text is called t, too"),
+        (ModelOptions(text=("c4", "c4=copy.json")), "--text c4=copy.json: an earlier text is called c4, too"),
     ],
 )
-def test_what_no_recipe_could_say_is_refused(options: ModelOptions, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+def test_what_no_recipe_could_say_is_refused_in_the_words_of_the_command(options: ModelOptions, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
         section(options)
+    assert "recipe" not in caught.value.message
+    assert caught.value.hint

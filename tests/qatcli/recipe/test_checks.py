@@ -19,6 +19,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "export.formats.0",
         "cannot carry 8 bits; these can: gptq",
     ),
+    (
+        {"quant": {"bits": 3}, "export": {"formats": ["awq"]}},
+        "export.formats.0",
+        "cannot carry 3 bits without export.awq_promote; these can: gptq",
+    ),
     ({"quant": {"bits": 8}, "export": {"formats": ["gptq", "gguf"]}}, "export.formats.1", "cannot carry 8 bits"),
     (
         {"quant": {"overrides": [{"pattern": "*", "bits": 8}]}, "export": {"formats": ["gguf"]}},
@@ -55,6 +60,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"model": {"source": "/m.gguf", "gguf_file": "a"}}, "model.gguf_file", "model.source already names a GGUF file"),
     ({"model": {"source": "/none", "gguf_file": "a"}}, "model.gguf_file", "no such file in /none"),
     ({"calibrate": {"data": [{"source": "./a.txt", "name": "en"}]}}, "calibrate.data.0.name", "no effect on local"),
+    ({"calibrate": {"data": [{"source": "./*.txt", "split": "test"}]}}, "calibrate.data.0.split", "no effect on local"),
     (
         {"e2e_qp": {"data": [{"source": "a/b"}, {"source": "a/b", "files": "*", "streaming": True}]}},
         "e2e_qp.data.1.streaming",
@@ -82,6 +88,10 @@ def test_every_check_is_tested(build: Callable[..., Recipe]) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_defaults_do_not_contradict(build: Callable[..., Recipe], method: str, bits: int) -> None:
     assert contradictions(build(method=method, quant={"bits": bits}), set()) == []
+
+
+def test_promoted_codes_ride_in_awq(build: Callable[..., Recipe]) -> None:
+    assert contradictions(build(export={"formats": ["awq"], "awq_promote": True}), set()) == []
 
 
 def test_a_symmetric_grid_takes_any_init(build: Callable[..., Recipe]) -> None:

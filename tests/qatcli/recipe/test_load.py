@@ -145,6 +145,41 @@ def test_paths_and_variables(
     assert recipe.eval.prompts == ("${literal} $HOME",)
 
 
+def test_bits_from_a_variable(
+    write: Callable[[Any], Path], minimal: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QAT_TEST_BITS", "2")
+    override = {"pattern": "*", "bits": "${QAT_TEST_BITS}"}
+    minimal["quant"] = {"bits": "${QAT_TEST_BITS}", "group_size": "32", "overrides": [override]}
+    quant = load_recipe(write(minimal)).quant
+    assert (quant.bits, quant.group_size, quant.overrides[0].bits) == (2, 32, 2)
+    assert quant.zero_points == "central", "the preset of 2 bits"
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("export.formats=gptq", '--set: export.formats = "gptq": must be a list, such as [gptq]'),
+        ("export.formats=gptqq", '--set: export.formats = "gptqq": must be a list, such as [gptq]'),
+        ("export.formats=[]", "--set: export.formats = []: must not be an empty list"),
+        ("quant.skip=lm_head", '--set: quant.skip = "lm_head": must be a list, such as [lm_head]'),
+        ("quant.overrides=x", '--set: quant.overrides = "x": must be a list of mappings with pattern'),
+        ("calibrate.data=a/b", '--set: calibrate.data = "a/b": must be a list of mappings with source'),
+        ("e2e_qp.data=a/b", '--set: e2e_qp.data = "a/b": must be a list of mappings with source'),
+        ("track=wandb", '--set: track = "wandb": must be a list, such as [wandb]'),
+        ("eval.prompts=3", "--set: eval.prompts = 3: must be a list"),
+        ("eval.zero_shot.tasks=[]", "--set: eval.zero_shot.tasks = []: must not be an empty list"),
+        ("eval.zero_shot.tasks=piqa", '--set: eval.zero_shot.tasks = "piqa": must be a list, such as [piqa]'),
+        ("calibrate.data.0.field=''", '--set: calibrate.data.0.field = "": must not be empty'),
+        ("quant.bits='5'", "--set: quant.bits = 5: must be one of 2, 3, 4, 8"),
+    ],
+)
+def test_lists_and_texts_are_named_as_in_a_recipe(
+    write: Callable[[Any], Path], minimal: dict[str, Any], override: str, line: str
+) -> None:
+    assert refusal(write(minimal), (override,)) == [line]
+
+
 def test_set(write: Callable[[Any], Path], minimal: dict[str, Any]) -> None:
     changes = ["quant.bits=3", "calibrate.data.0.weight=2", "quant.skip=[a, b]", "block_ap.cache.host_gb=1e1"]
     recipe = load_recipe(write(minimal), changes)

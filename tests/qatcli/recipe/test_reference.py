@@ -30,6 +30,7 @@ def test_bounds_and_presets_are_shown() -> None:
     tables = key_tables()
     assert "| `min_lr_factor` | number >= 1, null | `20.0` | `null` |" in tables
     assert "| `lr_weights` | number >= 0 | `0.5` | `2e-05` at 2 bits, else `1e-05` |" in tables
+    assert '| `zero_points` | any, central, middle | `"central"` at 2 bits, else `"any"` | `"any"` |' in tables
     assert "| `bits` | 2, 3, 4, 8 | required |" in tables
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from qatcli.formats.layouts import gguf_blocks
 from qatcli.recipe import Recipe, schema
 
 
@@ -60,7 +61,8 @@ def test_a_recipe_does_not_change(minimal: dict[str, Any]) -> None:
     ("section", "key", "value"),
     [
         ("quant", "bits", 5),
-        ("quant", "bits", "2"),
+        ("quant", "bits", "2.0"),
+        ("quant", "bits", "5"),
         ("quant", "group_size", 0),
         ("quant", "group_size", -2),
         ("quant", "overrides", [{"pattern": "*"}]),
@@ -85,6 +87,9 @@ def test_a_recipe_does_not_change(minimal: dict[str, Any]) -> None:
         ("e2e_qp", "checkpoint_every", 0),
         ("pack", "scale_dtype", "int8"),
         ("export", "formats", ["onnx"]),
+        ("export", "formats", []),
+        ("export", "gguf_type", "Q9_9"),
+        ("export", "gguf_type", "q8_0"),
         ("eval", "perplexity", [{"name": "a", "source": "wikitext2", "windows": 0}]),
         ("eval", "max_new_tokens", 0),
     ],
@@ -111,6 +116,11 @@ def test_values_out_of_range(build: Callable[..., Recipe], section: str, key: st
 def test_values_at_the_edge(build: Callable[..., Recipe], section: str, key: str, value: Any) -> None:
     got = getattr(getattr(build(**{section: {key: value}}), section), key)
     assert got == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_block_types_are_those_of_the_writer() -> None:
+    known = get_args(schema.ExportSection.model_fields["gguf_type"].annotation)
+    assert set(known) == {"auto", "exact", *gguf_blocks.TYPES}
 
 
 def test_for_module(build: Callable[..., Recipe]) -> None:
