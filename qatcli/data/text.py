@@ -40,15 +40,15 @@ def text_tokens(source: str, tokenizer: PreTrainedTokenizerBase, *, file: str | 
     return torch.from_numpy(encode_text(tokenizer, text).astype(np.int64))
 
 
-def evaluation_windows(tokens: torch.Tensor, seq_len: int, windows: int | None = None) -> torch.Tensor:
+def evaluation_windows(tokens: torch.Tensor, seq_len: int, windows: int | None = None, *, name: str) -> torch.Tensor:
     """The first `windows` non-overlapping windows of a stream [n], or all, as [W, seq_len]; the rest is dropped.
 
-    Raises InputError when the stream has fewer.
+    Raises InputError, which calls the text by `name`, when the stream has fewer.
     """
     available = len(tokens) // seq_len
     if available < max(1, windows or 1):
         raise InputError(
-            f"the evaluation text has {len(tokens)} tokens: {available} windows of {seq_len}, not {windows or 1}",
+            f"{name} has {len(tokens)} tokens: {available} windows of {seq_len}, not {windows or 1}",
             hint="lower `seq_len` or `windows`, or evaluate on a longer text",
         )
     count = windows or available

@@ -210,7 +210,8 @@ def _cut(text: PerplexityText, tokenizer: Any) -> Tensor:
     if text.source == "c4":
         return torch.as_tensor(c4_windows(tokenizer, text.seq_len, file=text.file))[: text.windows]
     tokens = text_tokens(text.source, tokenizer, file=text.file)
-    return torch.as_tensor(evaluation_windows(tokens, text.seq_len, text.windows))
+    name = f"the text {text.name} ({text.file or text.source})"
+    return torch.as_tensor(evaluation_windows(tokens, text.seq_len, text.windows, name=name))
 
 
 def _protocol(text: PerplexityText, subjects: Sequence[Subject], dtype: torch.dtype) -> dict[str, Any]:

@@ -55,9 +55,7 @@ def load_suite(names: Sequence[str], *, data: Path | None, limit: int | None) ->
     manager = TaskManager() if others else TaskManager(include_defaults=False, include_path=few)
     unknown = sorted(others - set(manager.all_tasks))
     if unknown:
-        raise RecipeError(
-            f"eval.zero_shot.tasks: lm-eval has no task {unknown[0]}", hint="`lm-eval ls tasks` lists them"
-        )
+        raise RecipeError(f"zero_shot: lm-eval has no task {unknown[0]}", hint="`lm-eval ls tasks` lists them")
     # a group's members may override keys of the task they name: here the rows, and nothing else
     members = [override(name, data) for name in local if data is not None]
     spec: list[Any] = [name for name in names if name not in local]
@@ -66,7 +64,7 @@ def load_suite(names: Sequence[str], *, data: Path | None, limit: int | None) ->
     except (OSError, ConnectionError, ValueError) as error:
         raise InputError(
             f"the data of {', '.join(spec) or 'the tasks'} could not be read: {error}",
-            hint="check the network, or set eval.zero_shot.data to a folder of local files",
+            hint="check the network, or give a folder of local files: --data, in a recipe eval.zero_shot.data",
         ) from error
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
@@ -131,9 +129,14 @@ def average(tasks: Sequence[dict[str, Any]]) -> dict[str, float | None] | None:
 
 
 def _figures(figures: dict[str, Any]) -> dict[str, Any]:
-    """lm-eval's `{"acc,none": 0.5, "acc_stderr,none": 0.1, ...}` with the metric that counts taken out."""
-    metrics = {key.split(",")[0]: value for key, value in figures.items() if "," in key}
-    metrics = {key: value if _is_number(value) else None for key, value in metrics.items()}
+    """lm-eval's `{"acc,none": 0.5, "acc_stderr,none": 0.1, ...}` with the metric that counts taken out.
+
+    Where it filtered the answers in several ways (gsm8k), the first counts.
+    """
+    metrics: dict[str, Any] = {}
+    for key, value in figures.items():
+        if "," in key:
+            metrics.setdefault(key.split(",")[0], value if _is_number(value) else None)
     metric = "acc" if "acc" in metrics else next(iter(metrics), "")
     errors = metrics.get(f"{metric}_stderr")
     return {"metric": metric, "value": metrics.get(metric), "stderr": errors, "all": metrics}

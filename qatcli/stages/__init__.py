@@ -169,7 +169,7 @@ def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]
 def _open_input(stage: Stage, recipe: Recipe, run_dir: Path, source: Path | None) -> StageDirectory | None:
     if stage.reads == ("checkpoint",):
         if source is None:
-            raise UsageError("import needs --from", hint="give the directory of a GPTQ, AWQ or EfficientQAT checkpoint")
+            raise UsageError("import needs --from", hint="give the directory of another tool's checkpoint")
         return directory.foreign_checkpoint(source)
     if not stage.after:
         if source is not None:

@@ -76,14 +76,14 @@ def test_unknown_text(source: str, what: str, number_tokenizer: PreTrainedTokeni
 
 def test_windows_do_not_overlap() -> None:
     tokens = torch.arange(103)
-    assert torch.equal(evaluation_windows(tokens, 10, 4), torch.arange(40).reshape(4, 10))
-    assert torch.equal(evaluation_windows(tokens, 10), torch.arange(100).reshape(10, 10))
+    assert torch.equal(evaluation_windows(tokens, 10, 4, name="it"), torch.arange(40).reshape(4, 10))
+    assert torch.equal(evaluation_windows(tokens, 10, name="it"), torch.arange(100).reshape(10, 10))
 
 
 @pytest.mark.parametrize(("length", "windows"), [(39, 4), (9, None), (0, None)])
 def test_a_text_too_short(length: int, windows: int | None) -> None:
-    with pytest.raises(InputError, match=f"has {length} tokens") as caught:
-        evaluation_windows(torch.arange(length), 10, windows)
+    with pytest.raises(InputError, match=f"the text wiki has {length} tokens") as caught:
+        evaluation_windows(torch.arange(length), 10, windows, name="the text wiki")
     assert "seq_len" in str(caught.value.hint)
 
 
