@@ -75,26 +75,31 @@ def prompts(vocabulary: int) -> NDArray[np.int64]:
 def dense_weight(linear: source.Arrays) -> NDArray[np.float32]:
     """(q - z) * s in fp32, [N, K]."""
     rows, groups = linear.scale.shape
-    level = linear.codes.reshape(rows, groups, -1).astype(np.float32) - linear.zero_point[..., None]
-    return (level * linear.scale[..., None].astype(np.float32)).reshape(rows, -1)
+    weight = linear.codes.reshape(rows, groups, -1).astype(np.float32)
+    weight -= linear.zero_point[..., None]
+    weight *= linear.scale[..., None]
+    return weight.reshape(rows, -1)
 
 
 def dense_model(checkpoint: PackedCheckpoint) -> Any:
     """The transformers model with dense fp32 weights. ValueError when the tensors do not fit the architecture."""
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**source.base_config(checkpoint))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with init_empty_weights(include_buffers=False):  # the checkpoint lacks some buffers, such as rotary frequencies
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state = {}
     for name in checkpoint.modules:
         linear = source.arrays(checkpoint, name)
         state[name + ".weight"] = torch.from_numpy(dense_weight(linear))
         if linear.bias is not None:
-            state[name + ".bias"] = linear.bias
-    state |= {name: checkpoint.tensor(name) for name in source.dense_tensor_names(checkpoint)}
-    missing, unexpected = model.load_state_dict(state, strict=False)
+            state[name + ".bias"] = linear.bias.float()
+    for name in source.dense_tensor_names(checkpoint):
+        state[name] = source.cast(name, checkpoint.tensor(name), torch.float32)
+    _, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    absent = [name for name in missing if not name.startswith("lm_head")]
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if absent or unexpected:
         raise ValueError(f"the checkpoint does not fit its architecture: {[*absent, *unexpected][:3]}")
     return model.eval()

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from qatcli.formats import FORMATS, ExportOptions
+from qatcli.formats import FORMATS, ExportOptions, source
 from qatcli.formats.contract import Verification
 from qatcli.formats.runtimes import RUNTIMES, obstacle, run, verify_in
-from qatcli.formats.runtimes.reference import dense_model, logits, perplexity, prompts, reference
+from qatcli.formats.runtimes.reference import dense_model, dense_weight, logits, perplexity, prompts, reference
 from qatcli.packed import PackedCheckpoint
 
 Packed = Callable[..., PackedCheckpoint]
@@ -71,6 +72,45 @@ def test_runtime_computes_what_the_checkpoint_says(
     if runtime != "gguf" and not (runtime == "compressed-tensors" and "kinds" in options):
         assert report.max_logit_difference is not None
         assert report.logit_tolerance is not None
+
+
+@pytest.mark.parametrize("config", ["LlamaConfig", "Gemma3TextConfig"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_reference_is_the_model_with_rounded_weights(
+    save_random_model: Callable[..., Path], pack: Packed, tmp_path: Path, config: str, tied: bool
+) -> None:
+    path = save_random_model(config, tie_word_embeddings=tied, num_hidden_layers=2)
+    checkpoint = pack(path, tmp_path / "packed", bits=4, group_size=16)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    for name in checkpoint.modules:
+        weight = torch.from_numpy(dense_weight(source.arrays(checkpoint, name)))
+        expected.get_submodule(name).weight.data.copy_(weight)
+    np.testing.assert_array_equal(logits(dense_model(checkpoint)), logits(expected))
+
+
+def test_the_reference_holds_every_weight_once(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, made = transformers.AutoModelForCausalLM.from_config, []
+
+    def without_memory(*args: object, **options: object) -> object:
+        model = build(*args, **options)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        return model
+
+    def recorded(linear: source.Arrays) -> np.ndarray:
+        made.append(dense_weight(linear))
+        return made[-1]
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", without_memory)
+    monkeypatch.setitem(dense_model.__globals__, "dense_weight", recorded)
+    model = dense_model(packed(4))
+    there = {model.get_submodule(name).weight.data_ptr() for name in packed(4).modules}
+    assert there == {array.ctypes.data for array in made}
+
+
+def test_a_tensor_that_the_reference_lacks_is_named(packed: Packed) -> None:
+    shards = {name: file for name, file in packed(4).shards.items() if name != "lm_head.weight"}
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        dense_model(replace(packed(4), shards=shards))
 
 
 @pytest.mark.slow
