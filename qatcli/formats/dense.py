@@ -21,6 +21,7 @@ from qatcli.packed import PackedCheckpoint
 
 BITS = (2, 3, 4, 8)
 RUNTIMES = ("transformers-dense",)
+_ROWS = 256  # compared together: in double precision a weight takes some 50 bytes
 
 
 def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> None:
@@ -64,13 +65,17 @@ def _read(
 ) -> readback.Triple:
     weight = files.tensor(name + ".weight")
     linear = source.arrays(checkpoint, name)
-    columns = weight.shape[1] // linear.scale.shape[1]
-    zero, scale = (np.repeat(a.astype(np.float64), columns, axis=1) for a in (linear.zero_point, linear.scale))
-    ratio = weight.double().numpy() / np.where(scale == 0, 1, scale)
-    codes = np.clip(np.rint(ratio) + zero, 0, 255)
-    wrong = np.count_nonzero(
-        weight.double().numpy() != torch.from_numpy((codes - zero) * scale).to(dtype).double().numpy()
-    )
-    if weight.dtype != dtype or wrong:
-        raise ValueError(f"{wrong} weights are no multiples of their step, or the type {weight.dtype} is not {dtype}")
-    return readback.Triple(codes.astype(np.uint8), linear.zero_point, linear.scale)
+    if weight.dtype != dtype or tuple(weight.shape) != linear.codes.shape:
+        raise ValueError(f"it is {weight.dtype} {list(weight.shape)}, not {dtype} {list(linear.codes.shape)}")
+    columns, wrong = weight.shape[1] // linear.scale.shape[1], 0
+    codes = np.empty_like(linear.codes)
+    for start in range(0, len(codes), _ROWS):
+        part = slice(start, start + _ROWS)
+        stored = weight[part].double().numpy()
+        zero, scale = (np.repeat(a[part].astype(float), columns, axis=1) for a in (linear.zero_point, linear.scale))
+        found = np.clip(np.rint(stored / np.where(scale == 0, 1, scale)) + zero, 0, 255)
+        wrong += np.count_nonzero(stored != torch.from_numpy((found - zero) * scale).to(dtype).double().numpy())
+        codes[part] = found
+    if wrong:
+        raise ValueError(f"{wrong} weights are no multiples of their step")
+    return readback.Triple(codes, linear.zero_point, linear.scale)

@@ -8,6 +8,8 @@ not by the writer's permutation.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,7 @@ _GEMMA_LEAVES = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_AT_A_TIME = 2**20  # values compared together: decoded, a value takes up to 40 bytes
 _ROPE = "rope_freqs.weight"  # equal to transformers' own factors by tests/qatcli/formats/test_gguf.py
 
 
@@ -105,18 +108,26 @@ def _compare_linear(checkpoint: PackedCheckpoint, name: str, found: GgufFile, ta
     if entry.shape != linear.codes.shape:
         tally.codes.append(f"{name}: shape {list(entry.shape)} instead of {list(linear.codes.shape)}")
         return target
+    order, wrong = file_rows(checkpoint, name + ".weight", len(linear.codes)), np.zeros(3, np.int64)
     try:
-        rows = found.rows(target)[file_rows(checkpoint, name + ".weight", len(linear.codes))]
-        decoded = decode(entry.type_name, rows)
+        rows = found.rows(target)
+        for part in _parts(linear.codes.shape):
+            codes, zero_point, scale = linear.codes[part], linear.zero_point[part], linear.scale[part]
+            expected = replace(linear, codes=codes, zero_point=zero_point, scale=scale)
+            wrong += _differences(decode(entry.type_name, rows[order[part]]), expected, entry.type_name)
     except (InputError, ValueError, KeyError) as error:
         tally.others.append(f"{target} cannot be read: {error}")
         return target
-    for kind, wrong in zip(
-        (tally.codes, tally.zero_points, tally.scales), _differences(decoded, linear, entry.type_name), strict=True
-    ):
-        if wrong:
-            kind.append(f"{name}: {wrong} values differ")
+    for kind, count in zip((tally.codes, tally.zero_points, tally.scales), wrong, strict=True):
+        if count:
+            kind.append(f"{name}: {count} values differ")
     return target
+
+
+def _parts(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of whole rows of a vector or matrix, `_AT_A_TIME` values each."""
+    rows = max(1, _AT_A_TIME // int(np.prod(shape[1:])))
+    return (slice(start, start + rows) for start in range(0, shape[0], rows))
 
 
 def _differences(found: Decoded, linear: source.Arrays, type_name: str) -> tuple[int, int, int]:
@@ -149,25 +160,29 @@ def _dense_difference(
     """What is wrong with an unquantized tensor, or None."""
     if target not in found.tensors:
         return "is missing"
-    entry = found.tensors[target]
-    tensor = checkpoint.tensor(name).float().numpy()
-    if checkpoint.config["model_type"].startswith("gemma3") and name.endswith("norm.weight"):
-        tensor = tensor + np.float32(1)
+    entry, tensor = found.tensors[target], checkpoint.tensor(name)
+    shape = tuple(tensor.shape)
+    offset = checkpoint.config["model_type"].startswith("gemma3") and name.endswith("norm.weight")
     wanted = "F32" if tensor.ndim == 1 else "F16"
-    if embedding == "Q8_0" and target in ("token_embd.weight", "output.weight") and tensor.shape[1] % 32 == 0:
+    if embedding == "Q8_0" and target in ("token_embd.weight", "output.weight") and shape[1] % 32 == 0:
         wanted = "Q8_0"
-    if entry.type_name != wanted or entry.shape != tensor.shape:
-        return f"is {entry.type_name} {list(entry.shape)}, expected {wanted} {list(tensor.shape)}"
+    if entry.type_name != wanted or entry.shape != shape:
+        return f"is {entry.type_name} {list(entry.shape)}, expected {wanted} {list(shape)}"
     try:
-        rows = found.rows(target)
+        rows = found.rows(target).reshape(len(tensor), -1)
     except InputError as error:
         return f"cannot be read: {error.message}"
-    if wanted == "Q8_0":
-        return None if _is_eight_bit_rounding(decode("Q8_0", rows), tensor) else "is no 8-bit rounding of its source"
-    kind = np.dtype("<f4" if wanted == "F32" else "<f2")
-    stored = np.frombuffer(rows.tobytes(), kind).reshape(tensor.shape)
-    same = np.array_equal(stored[file_rows(checkpoint, name, len(tensor))], tensor.astype(kind))
-    return None if same else "differs from its source"
+    order = file_rows(checkpoint, name, len(tensor))
+    for part in _parts(shape):
+        stored, values = rows[order[part]], tensor[part].float().numpy() + np.float32(offset)
+        if wanted == "Q8_0":
+            if not _is_eight_bit_rounding(decode("Q8_0", stored), values):
+                return "is no 8-bit rounding of its source"
+            continue
+        kind = np.dtype("<f4" if wanted == "F32" else "<f2")
+        if not np.array_equal(stored.view(kind).reshape(values.shape), values.astype(kind)):
+            return "differs from its source"
+    return None
 
 
 def _is_eight_bit_rounding(found: Decoded, tensor: NDArray[np.float32]) -> bool:

@@ -235,8 +235,8 @@ def export(s: Setting) -> list[Phase]:
     writing = {"shard": min(SHARD, pack_bytes(s)), "reading": model.dtype.itemsize * model.outside}
     phases = [Phase("writing", {}, {}, writing)]
     if verify:
-        # The largest tensor, cast from its source and then beside what is in the file.
-        compared = {"comparing": embedding * (2 + max(2, model.dtype.itemsize))}
+        # The largest tensor, cast from its source and then beside what is in the file; codes, unpacked and read back.
+        compared = {"comparing": max(embedding * (2 + max(2, model.dtype.itemsize)), 5 * _largest(model))}
         dense = FP32 * model.total if s.recipe.export.runtimes else 0
         phases.append(Phase("comparing", {}, {}, {**compared, "dense model": dense}))
     return phases

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qatcli.errors import InputError, QatError, VerificationError
-from qatcli.formats import FORMATS, ExportOptions, require_passed
-from qatcli.packed import PackedCheckpoint
+from qatcli.formats import FORMATS, ExportOptions, dense, require_passed, source
+from qatcli.formats.compare import TensorFiles
+from qatcli.packed import PackedCheckpoint, PackedWriter, QuantizedLinear
 from qatcli.shards import shard_map
 
 Packed = Callable[..., PackedCheckpoint]
@@ -199,6 +201,29 @@ def test_a_flipped_bit_in_any_kind_of_tensor_is_caught(packed: Packed, tmp_path:
         assert tensor.rpartition(".")[0] in verification.differences[0]
         with pytest.raises(VerificationError, match="differs from its source"):
             require_passed(verification)
+
+
+def test_dense_weights_are_compared_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that `qat plan` promises: the codes, and few rows in double precision."""
+    codes = torch.randint(0, 16, (1024, 512), dtype=torch.uint8)
+    grid = {"scale": torch.rand(1024, 8) + 0.5, "zero_point": torch.full((1024, 8), 7, dtype=torch.uint8)}
+    writer = PackedWriter(tmp_path / "packed")
+    writer.add_linear(LINEAR, QuantizedLinear(codes=codes, **grid, bits=4, group_size=64))
+    writer.close({})
+    shards = shard_map(tmp_path / "packed")
+    checkpoint = PackedCheckpoint(tmp_path / "packed", {}, writer.modules, shards)
+    weight = dense._weight(source.arrays(checkpoint, LINEAR), dtype=torch.float16)["weight"]
+    (tmp_path / "out").mkdir()
+    save_file({LINEAR + ".weight": weight}, tmp_path / "out" / "model.safetensors")
+    files = TensorFiles.open(tmp_path / "out")
+    monkeypatch.setattr(dense, "_ROWS", 30)
+    tracemalloc.start()
+    try:
+        found = dense._read(checkpoint, torch.float16, {}, files, LINEAR)
+        assert tracemalloc.get_traced_memory()[1] < 4 * codes.numel()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(found.codes, codes)
 
 
 def test_wrong_version_in_the_config_is_caught(packed: Packed, tmp_path: Path) -> None:
