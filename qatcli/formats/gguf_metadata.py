@@ -1,6 +1,7 @@
 """The key-value part of a GGUF file against the checkpoint: a wrong value would change what the model does.
 
-Written from the model's config and the tokenizer library, not from the writer (`gguf_model`, `gguf_tokenizer`).
+Written from the model's config and the tokenizer library, not from the writer (`gguf_model`, `gguf_tokenizer`), whose
+table of llama.cpp's names for text splits is taken as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qatcli.formats.gguf_readback import GgufFile
-from qatcli.formats.gguf_tokenizer import load_tokenizer
+from qatcli.formats.gguf_tokenizer import load_tokenizer, pre_tokenizer_name
 from qatcli.packed import PackedCheckpoint
 
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
@@ -30,12 +31,18 @@ def metadata_differences(checkpoint: PackedCheckpoint, found: GgufFile) -> Itera
 
 
 def _numbers(config: dict[str, Any]) -> dict[str, Any]:
-    """Keys below the architecture's name."""
+    """Keys below the architecture's name; None for one that must not be there."""
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     rope = config["rope_parameters"]
-    rope = rope.get("full_attention", rope)
-    numbers = {
+    local, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)
+    scaling = rope if rope.get("rope_type") in ("linear", "yarn") else {}
+    context, window = config["max_position_embeddings"], config.get("sliding_window")
+    if not local and config["model_type"] != "llama" and config.get("use_sliding_window", True):
+        # llama.cpp has a window for Gemma only: another model is the same one within its window.
+        context, window = min(context, window or context), None
+    return {
         "block_count": config["num_hidden_layers"],
+        "context_length": context,
         "embedding_length": config["hidden_size"],
         "feed_forward_length": config["intermediate_size"],
         "attention.head_count": config["num_attention_heads"],
@@ -43,13 +50,20 @@ def _numbers(config: dict[str, Any]) -> dict[str, Any]:
         "attention.key_length": head,
         "attention.value_length": head,
         "attention.layer_norm_rms_epsilon": np.float32(config["rms_norm_eps"]),
+        "attention.sliding_window": window if local else None,
+        "final_logit_softcapping": _fp32(config.get("final_logit_softcapping")),
         "rope.dimension_count": head,
         "rope.freq_base": np.float32(rope["rope_theta"]),
+        "rope.freq_base_swa": _fp32(local and local["rope_theta"]),
+        "rope.scaling.type": scaling.get("rope_type"),
+        "rope.scaling.factor": _fp32(scaling.get("factor")),
+        "rope.scaling.original_context_length": scaling.get("original_max_position_embeddings"),
         "vocab_size": config["vocab_size"],
     }
-    if rope.get("rope_type") in ("linear", "yarn"):
-        numbers |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": np.float32(rope["factor"])}
-    return numbers
+
+
+def _fp32(value: float | None) -> np.float32 | None:
+    return np.float32(value) if value else None
 
 
 def _tokenizer_differences(checkpoint: PackedCheckpoint, fields: dict[str, Any]) -> Iterator[str]:
@@ -66,10 +80,17 @@ def _tokenizer_differences(checkpoint: PackedCheckpoint, fields: dict[str, Any])
     wanted = {f"{name}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind, name in _SPECIAL.items()}
     if isinstance(tokenizer.chat_template, str):
         wanted["chat_template"] = tokenizer.chat_template
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if not model.get("byte_fallback") and model["merges"]:
-        merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-        wanted["merges"] = list(merges)
+    wanted["add_bos_token"] = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    if content["model"].get("byte_fallback"):
+        rank: dict[str, int] = {}
+        for number, merge in enumerate(merges):
+            rank.setdefault(merge.replace(" ", ""), number)
+        wanted |= {"model": "llama", "pre": "default", "scores": [-rank.get(text, 1e6) for text in tokens]}
+        wanted["add_space_prefix"] = tokenizer.tokenize("a")[0].startswith("\u2581")
+    else:
+        wanted |= {"model": "gpt2", "pre": pre_tokenizer_name(content["pre_tokenizer"]), "merges": merges or None}
     yield from _wrong(fields, {f"tokenizer.{_group(key)}": value for key, value in wanted.items() if value is not None})
 
 

@@ -221,13 +221,6 @@ def test_what_no_block_type_carries_is_refused(packed: Packed, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_architecture_is_refused(packed: Packed, tmp_path: Path) -> None:
-    checkpoint = packed(2)
-    other = replace(checkpoint, config={**checkpoint.config, "model_type": "gpt2"})
-    with pytest.raises(QatError, match="not gpt2"):
-        FORMATS["gguf"].write(other, tmp_path / "out", OPTIONS)
-
-
 def test_gemma3_with_another_attention_scale_is_refused(
     model_of: Callable[[str], PackedCheckpoint], tmp_path: Path
 ) -> None:
@@ -247,6 +240,32 @@ def test_a_sliding_window_limits_the_context(model_of: Callable[[str], PackedChe
         assert open_gguf(out / "model.gguf").fields["llama.context_length"] == expected
         notes = FORMATS["gguf"].verify(case, out, OPTIONS).notes
         assert any("context limited to 32 of 128" in note for note in notes) == (expected == 32)
+
+
+WIDER = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 2e4}}
+ORIGINAL = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "key"),
+    [
+        ("gemma3", {"sliding_window": 32}, "gemma3.attention.sliding_window"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "gemma3.final_logit_softcapping"),
+        ("gemma3", {"rope_parameters": WIDER}, "gemma3.rope.freq_base_swa"),
+        ("gemma3", {"max_position_embeddings": 256}, "gemma3.context_length"),
+        ("mistral", {"sliding_window": 32}, "llama.context_length"),
+        ("qwen2", {"rope_parameters": ORIGINAL}, "qwen2.rope.scaling.original_context_length"),
+    ],
+)
+def test_metadata_of_another_model_is_caught(
+    model_of: Callable[[str], PackedCheckpoint], tmp_path: Path, name: str, settings: dict[str, object], key: str
+) -> None:
+    checkpoint = model_of(name)
+    other = replace(checkpoint, config={**checkpoint.config, **settings})
+    FORMATS["gguf"].write(other, tmp_path / "out", OPTIONS)
+    assert FORMATS["gguf"].verify(other, tmp_path / "out", OPTIONS).passed
+    (difference,) = FORMATS["gguf"].verify(checkpoint, tmp_path / "out", OPTIONS).differences
+    assert difference.startswith(key + " is ")
 
 
 def _overwrite(file: GgufFile, tensor: str, change: Callable[[np.ndarray], np.ndarray]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+from tokenizers import Tokenizer, models, normalizers
 
 from qatcli.errors import QatError
 from qatcli.formats import FORMATS, ExportOptions, gguf_tokenizer
@@ -58,26 +60,71 @@ def test_keys_that_a_config_leaves_out_are_its_classs_defaults(packed: Packed, t
 
 
 METADATA = [
-    *(f"llama.{key}" for key in ("block_count", "embedding_length", "feed_forward_length", "rope.freq_base")),
+    *(f"llama.{key}" for key in ("block_count", "context_length", "embedding_length", "feed_forward_length")),
+    *(f"llama.{key}" for key in ("vocab_size", "rope.dimension_count", "rope.freq_base")),
     *(f"llama.attention.{key}" for key in ("head_count", "head_count_kv", "layer_norm_rms_epsilon", "key_length")),
     *(f"tokenizer.ggml.{key}" for key in ("tokens", "token_type", "bos_token_id", "eos_token_id")),
+    *(f"tokenizer.ggml.{key}" for key in ("model", "pre", "add_bos_token")),
 ]
+
+
+# Behind the key: its type (4 bytes), of an array also the type and number of entries (12), of a string its length.
+BEHIND = {
+    "tokenizer.ggml.tokens": 4 + 12 + 8,
+    "tokenizer.ggml.token_type": 4 + 12,
+    "tokenizer.ggml.scores": 4 + 12,
+    "tokenizer.ggml.model": 4 + 8,
+    "tokenizer.ggml.pre": 4 + 8,
+}
+
+
+def _differences(checkpoint: PackedCheckpoint, out: Path, key: str) -> tuple[str, ...]:
+    """What the verifier finds in an export of which a bit of the value of `key` is flipped."""
+    FORMATS["gguf"].write(checkpoint, out, OPTIONS)
+    assert FORMATS["gguf"].verify(checkpoint, out, OPTIONS).passed
+    path = out / "model.gguf"
+    good = path.read_bytes()
+    at = good.index(len(key).to_bytes(8, "little") + key.encode()) + 8 + len(key) + BEHIND.get(key, 4)
+    bit = 1 if ".add_" in key else 2  # a truth value has one
+    path.write_bytes(good[:at] + bytes([good[at] ^ bit]) + good[at + 1 :])
+    return FORMATS["gguf"].verify(checkpoint, out, OPTIONS).differences
 
 
 @pytest.mark.parametrize("key", METADATA)
 def test_metadata_that_is_wrong_is_caught(packed: Packed, tmp_path: Path, key: str) -> None:
-    FORMATS["gguf"].write(packed(2), tmp_path / "out", OPTIONS)
-    path = tmp_path / "out" / "model.gguf"
-    good = path.read_bytes()
-    # Behind the key: its type (4 bytes), of an array also the type and number of entries (12), of a string its length.
-    after = {"tokenizer.ggml.tokens": 4 + 12 + 8, "tokenizer.ggml.token_type": 4 + 12}.get(key, 4)
-    at = good.index(len(key).to_bytes(8, "little") + key.encode()) + 8 + len(key) + after
-    path.write_bytes(good[:at] + bytes([good[at] ^ 2]) + good[at + 1 :])
-    (difference,) = FORMATS["gguf"].verify(packed(2), tmp_path / "out", OPTIONS).differences
+    (difference,) = _differences(packed(2), tmp_path / "out", key)
     assert key in difference or difference in (
         "1 tokens differ from the tokenizer's and 0 special ones are not marked so",
         "0 tokens differ from the tokenizer's and 1 special ones are not marked so",
     )
+
+
+@pytest.mark.parametrize("key", ["model", "pre", "scores", "add_bos_token", "add_space_prefix"])
+@pytest.mark.parametrize("prepends", [True, False])
+def test_sentencepiece_metadata_that_is_wrong_is_caught(
+    packed: Packed, tmp_path: Path, key: str, prepends: bool
+) -> None:
+    folder = tmp_path / "packed"
+    shutil.copytree(packed(2).path, folder)
+    names = ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "<0x0A>", "ab", "\u2581ab"]
+    merges = [("a", "b"), ("\u2581", "ab")]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    marked = normalizers.Replace(" ", "\u2581")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), marked]) if prepends else marked
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+    (difference,) = _differences(PackedCheckpoint.open(folder), tmp_path / "out", f"tokenizer.ggml.{key}")
+    assert key in difference
+
+
+def test_unknown_architecture_is_refused(packed: Packed, tmp_path: Path) -> None:
+    checkpoint = packed(2)
+    other = replace(checkpoint, config={**checkpoint.config, "model_type": "gpt2"})
+    with pytest.raises(QatError, match="not gpt2"):
+        FORMATS["gguf"].write(other, tmp_path / "out", OPTIONS)
 
 
 def test_unknown_rope_scaling_is_refused(packed: Packed, tmp_path: Path) -> None:
