@@ -1,8 +1,9 @@
 """Integer comparison of an export with the checkpoint it was made from: exact equality, no tolerance.
 
-Every tensor of the export is accounted for: quantized linears through the independent readers, all others byte for
-byte against their cast source. An unexpected or missing tensor is a difference, too. So is a config that says of any
-linear, quantized or not, what is not so, and any other file that is not its source.
+Every tensor of the export is accounted for: quantized linears through the independent readers, all others value for
+value against their cast source. Types count, of scales as well: a runtime may load another one and compute otherwise.
+An unexpected or missing tensor is a difference, too. So is a config that says of any linear, quantized or not, what is
+not so, and any other file that is not its source.
 """
 
 from __future__ import annotations
@@ -73,14 +74,16 @@ class Tally:
     others: list[str] = field(default_factory=list)
 
     def compare(self, name: str, found: Triple, expected: source.Arrays) -> None:
-        """Compare one linear; shapes count."""
+        """Compare one linear; shapes and types count."""
         self.modules += 1
         for kind, left, right in (
             (self.codes, found.codes, expected.codes),
             (self.zero_points, found.zero_point, expected.zero_point),
-            (self.scales, found.scale.astype(np.float32), expected.scale.astype(np.float32)),
+            (self.scales, found.scale, expected.scale),
         ):
-            if left.shape != right.shape:
+            if left.dtype != right.dtype:
+                kind.append(f"{name}: {left.dtype} instead of {right.dtype}")
+            elif left.shape != right.shape:
                 kind.append(f"{name}: shape {list(left.shape)} instead of {list(right.shape)}")
             elif not np.array_equal(left, right):
                 kind.append(f"{name}: {np.count_nonzero(left != right)} of {right.size} values differ")
@@ -142,13 +145,17 @@ def compare_directory(
             tally.compare(name, read_linear(settings, files, name), expected(name))
         except KeyError as error:
             tally.others.append(f"{name}: {error.args[0]} is missing")
-        except (ValueError, InputError) as error:
+        except (ValueError, TypeError, InputError) as error:  # TypeError: numpy has no bf16
             tally.others.append(f"{name} cannot be read: {error}")
     copies = bias_and_dense(checkpoint, dtype)
     for name, read in copies.items():
         if name not in files.shards:
             tally.others.append(f"tensor {name} is missing")
-        elif not torch.equal(files.tensor(name), read()):
+            continue
+        found, wanted = files.tensor(name), read()
+        if found.dtype != wanted.dtype:
+            tally.others.append(f"tensor {name} is {found.dtype} instead of {wanted.dtype}")
+        elif not torch.equal(found, wanted):
             tally.others.append(f"tensor {name} differs from its source")
     known = {f"{name}.{suffix}" for name in checkpoint.modules for suffix in suffixes} | copies.keys()
     tally.others += [f"tensor {name} is unexpected" for name in files.shards if name not in known]

@@ -203,6 +203,19 @@ def test_a_flipped_bit_in_any_kind_of_tensor_is_caught(packed: Packed, tmp_path:
             require_passed(verification)
 
 
+@pytest.mark.parametrize("name", SAFETENSORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_type_is_caught(packed: Packed, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    FORMATS[name].write(packed(4), tmp_path / "out", INTEGERS_ONLY)
+    file = tmp_path / "out" / "model.safetensors"
+    good = load_file(file)
+    scale = f"{LINEAR}.{'scales' if name in ZEROS else 'weight' if name == 'dense' else 'weight_scale'}"
+    for tensor in (scale, "model.norm.weight", "model.embed_tokens.weight"):
+        save_file({**good, tensor: good[tensor].to(dtype)}, file, metadata={"format": "pt"})
+        (difference,) = FORMATS[name].verify(packed(4), tmp_path / "out", INTEGERS_ONLY).differences
+        assert tensor.rpartition(".")[0] in difference
+
+
 def test_dense_weights_are_compared_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that `qat plan` promises: the codes, and few rows in double precision."""
     codes = torch.randint(0, 16, (1024, 512), dtype=torch.uint8)
