@@ -96,8 +96,7 @@ def require(recipe: Recipe, stage: str, variant: str, *, device: torch.device, o
     s = setting(recipe, device, out)
     predicted = need(s, stage, variant)
     cache = Path(recipe.block_ap.cache.dir or out)
-    kept = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    disk = max(0, predicted.disk - kept)
+    disk = max(0, predicted.disk - bytes_in(out))
     knob = KNOBS[stage]
     larger = "free space, or choose --run or block_ap.cache.dir on a larger disk"
     same = machine.existing(cache).stat().st_dev == machine.existing(out).stat().st_dev
@@ -124,6 +123,11 @@ def require(recipe: Recipe, stage: str, variant: str, *, device: torch.device, o
 def libraries() -> int:
     """Bytes that this process holds now: what Python, torch and transformers take before a stage begins."""
     return int(psutil.Process().memory_info().rss)
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of all files below a folder, which need not exist."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 @cache

@@ -14,7 +14,7 @@ from qatcli import machine
 from qatcli.formats import FORMATS, deployment
 from qatcli.formats.contract import Deployment
 from qatcli.packed import PackedCheckpoint
-from qatcli.plan import GIB, Need, need, setting
+from qatcli.plan import GIB, Need, bytes_in, libraries, need, setting
 from qatcli.plan.needs import Setting, pack_bytes
 from qatcli.plan.timing import measure_rates, work
 from qatcli.recipe import Recipe, untrained_gptq
@@ -63,7 +63,7 @@ def make_plan(recipe: Recipe, device: torch.device, run_dir: Path) -> dict[str, 
         "disk": sum(found.disk for found in needs),
         "seconds": sum(row["seconds"] or 0 for row in stages) if rates else None,
         "free": free,
-        "short_of": _short_of(needs, free),
+        "short_of": _short_of(needs, free, bytes_in(run_dir)),
         "rates": asdict(rates) if rates else None,
         "runtimes": {name: [asdict(row) for row in rows] for name, rows in runtimes(s).items()},
     }
@@ -131,14 +131,21 @@ def _caption(plan: dict[str, Any]) -> str:
     return "\n".join([*lines, *plan["short_of"]])
 
 
-def _short_of(needs: list[Need], free: dict[str, int | None]) -> list[str]:
-    """A sentence for everything that is more than is free."""
+def _short_of(needs: list[Need], free: dict[str, int | None], kept: int) -> list[str]:
+    """A sentence for everything that is more than is free; `kept` bytes are in the run directory already."""
+    here = libraries()  # which what is free no longer has
+    wanted = [
+        (row.stage, what, size)
+        for row in needs
+        for what, size in (("device", row.device), ("host", row.host - here), ("disk", row.disk + row.cache))
+    ]
+    disk = sum(row.disk for row in needs) + max(row.cache for row in needs)  # outputs stay, a cache is removed
+    wanted.append(("the whole chain", "disk", disk - kept))
     found = []
-    for row in needs:
-        for what, size in (("device", row.device), ("host", row.host), ("disk", row.disk + row.cache)):
-            there = free[what]
-            if size is not None and there is not None and size > there:
-                found.append(f"NOT ENOUGH: {row.stage} needs {_gib(size)} GiB of {what}, {_gib(there)} GiB are free")
+    for who, what, size in wanted:
+        there = free[what]
+        if size is not None and there is not None and size > there:
+            found.append(f"NOT ENOUGH: {who} needs {_gib(size)} GiB of {what}, {_gib(there)} GiB are free")
     return found
 
 

@@ -189,6 +189,33 @@ def test_the_plan_as_json_and_as_a_table(recipe: Callable[..., Recipe], monkeypa
     assert "vLLM" in text
 
 
+def test_outputs_that_fill_the_disk_together(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(qatcli.plan.report, "measure_rates", lambda *_: Rates(1e9, 1e9))
+    chosen = recipe(export={"formats": ["native", "gptq"]})
+    total = make_plan(chosen, CPU, tmp_path / "run")["disk"]
+    monkeypatch.setattr(machine, "disk_space", lambda _: total - 1)
+    (sentence,) = make_plan(chosen, CPU, tmp_path / "run")["short_of"]
+    assert sentence.startswith("NOT ENOUGH: the whole chain needs 0.00 GiB of disk")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "done").write_bytes(b"1")
+    assert make_plan(chosen, CPU, tmp_path / "run")["short_of"] == []
+
+
+def test_what_this_process_holds_is_not_needed_again(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qatcli.plan.report, "measure_rates", lambda *_: Rates(1e9, 1e9))
+    rows = make_plan(recipe(), CPU, Path("runs"))["stages"]
+    most = max(sum(row["parts"].values()) for row in rows)
+    assert most + GIB // 8 < max(row["host"] for row in rows)
+    monkeypatch.setattr(machine, "host_memory", lambda: most + GIB // 8)
+    assert make_plan(recipe(), CPU, Path("runs"))["short_of"] == []
+    monkeypatch.setattr(machine, "host_memory", lambda: most // 2)
+    assert make_plan(recipe(), CPU, Path("runs"))["short_of"]
+
+
 def test_the_gptq_baseline_is_planned_before_the_evaluation(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
