@@ -36,6 +36,7 @@ BRINGS = {
     "tracking": "live curves in TensorBoard or Weights & Biases",
     "dev": "tests and linters",
 }
+_COLUMNS = 64  # of the weight that kernels are tried on
 INSTALL_TORCH = "install a CUDA build: https://pytorch.org/get-started/locally"
 
 
@@ -168,6 +169,7 @@ def _kernels() -> Iterator[Finding]:
     wrong = _wrong(torch.device("cpu"))
     fix = "this torch computes wrongly on this CPU: install the versions of constraints.txt" if wrong else ""
     yield Finding("kernels", "reference", "broken" if wrong else "ok", wrong or "packs, unpacks and rounds right", fix)
+    yield _compiled()
     if not torch.cuda.is_available():
         yield Finding("kernels", "triton", "ok", f"{_version('triton') or 'not installed'}; used on a GPU only")
         return
@@ -186,6 +188,23 @@ def _kernels() -> Iterator[Finding]:
     yield _kernel_settings(torch.cuda.get_device_name(device))
 
 
+def _compiled() -> Finding:
+    """Whether large weights go through compiled C++ on this CPU, and rightly."""
+    import torch
+
+    from qat_kernels import cpu, cpu_build
+    from qat_kernels.dispatch import CPU, backend_for
+
+    if backend_for(torch.empty(1)) is not CPU:
+        return Finding("kernels", "C++", "note", "not in use: QAT_KERNELS is set", "unset it")
+    if cpu_build.library() is None:
+        text = "not compiled, the log says why: a CPU computes several times slower"
+        return Finding("kernels", "C++", "note", text, "install g++ or clang++, or set CXX")
+    wrong = _wrong(torch.device("cpu"), rows=-(-cpu.SMALLEST // _COLUMNS))
+    fix = "set QAT_KERNELS=reference, or CXX to another compiler" if wrong else ""
+    return Finding("kernels", "C++", "broken" if wrong else "ok", wrong or "compiles, equals the reference", fix)
+
+
 def _kernel_settings(name: str) -> Finding:
     """Whether the kernels' launch settings were timed on this GPU."""
     from qat_kernels import tuning
@@ -198,14 +217,14 @@ def _kernel_settings(name: str) -> Finding:
     return Finding("kernels", "settings", "note", f"not timed for {name}", "python -m qat_kernels.tune")
 
 
-def _wrong(device: Any) -> str:
-    """What the kernels on a device compute otherwise than they should; empty when nothing."""
+def _wrong(device: Any, *, rows: int = 16) -> str:
+    """What the kernels on a device compute otherwise than they should of so many rows; empty when nothing."""
     import torch
 
     from qat_kernels import dequantize, fake_quant, pack, quantize, unpack
 
-    weight = torch.sin(torch.arange(16 * 64.0)).reshape(16, 64)
-    scale, zero_point = weight.abs().amax(1, keepdim=True) / 2, torch.full((16, 1), 1.0)
+    weight = torch.sin(torch.arange(float(rows * _COLUMNS))).reshape(rows, _COLUMNS)
+    scale, zero_point = weight.abs().amax(1, keepdim=True) / 2, torch.full((rows, 1), 1.0)
     for bits in (2, 3, 4, 8):
         shape: dict[str, Any] = {"bits": bits, "group_size": -1}
         step = scale * 4 / 2**bits
@@ -215,10 +234,10 @@ def _wrong(device: Any) -> str:
         if not torch.equal(codes.double(), level):
             return f"quantize gives other codes at {bits} bits"
         packed = pack(codes.to(device), bits=bits)
-        if not torch.equal(unpack(packed, bits=bits, length=64).cpu(), codes):
+        if not torch.equal(unpack(packed, bits=bits, length=_COLUMNS).cpu(), codes):
             return f"pack and unpack lose codes at {bits} bits"
         zero = zero_point.to(device, torch.uint8)
-        dense = dequantize(packed, step.to(device), zero, **shape, in_features=64).cpu()
+        dense = dequantize(packed, step.to(device), zero, **shape, in_features=_COLUMNS).cpu()
         trained = fake_quant(weight.to(device), step.to(device), zero_point.to(device), **shape).cpu()
         expected = ((level - 1) * step.double()).float()
         if not (torch.allclose(dense, expected, rtol=1e-6) and torch.allclose(trained, expected, rtol=1e-6)):

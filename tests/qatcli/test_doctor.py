@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
+from qat_kernels import cpu, cpu_build
 from qatcli import doctor
 from qatcli.cli import app
 from qatcli.doctor import Finding
@@ -34,7 +37,10 @@ def test_this_environment_runs() -> None:
 
 
 def test_what_prevents_running_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_wrong", lambda device: "quantize gives other codes at 2 bits")
+    def wrong(_: object, rows: int = 16) -> str:
+        return "quantize gives other codes at 2 bits" * (rows == 16)
+
+    monkeypatch.setattr(doctor, "_wrong", wrong)
     result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 1
     assert "kernels: reference" in json.loads(result.stdout)["broken"]
@@ -116,6 +122,28 @@ def test_kernels_that_compute_wrongly_are_found(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(qat_kernels, "unpack", unpack)
     assert doctor._wrong(torch.device("cpu")) == "pack and unpack lose codes at 3 bits"
+
+
+def test_a_cpu_without_a_compiler_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_build, "library", lambda: None)
+    found = doctor._compiled()
+    assert (found.state, found.fix) == ("note", "install g++ or clang++, or set CXX")
+    monkeypatch.setenv("QAT_KERNELS", "reference")
+    assert doctor._compiled().fix == "unset it"
+
+
+def test_a_compiler_that_computes_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled functions take large weights only: small ones are the reference's, and right."""
+    import torch
+
+    def zeros(*arguments: int) -> None:
+        ctypes.memset(arguments[3], 0, 4 * cpu.SMALLEST)
+
+    miscompiled = SimpleNamespace(qat_fake_quant=zeros, qat_dequantize=zeros)
+    monkeypatch.setattr(cpu_build, "library", lambda: miscompiled)
+    assert doctor._wrong(torch.device("cpu")) == ""
+    found = doctor._compiled()
+    assert (found.state, found.text) == ("broken", "weights differ at 2 bits")
 
 
 def test_launch_settings_that_were_never_timed_are_a_note() -> None:
