@@ -17,11 +17,11 @@ __all__ = ["FORMATS", "ExportOptions", "Format", "Verification", "require_passed
 FORMATS = {
     row.name: row
     for row in (
-        Format("gptq", gptq.BITS, gptq.write, gptq.verify, gptq.RUNTIMES),
-        Format("bitblas", bitblas.BITS, bitblas.write, bitblas.verify, bitblas.RUNTIMES),
+        Format("gptq", gptq.BITS, gptq.write, gptq.verify, gptq.RUNTIMES, gptq.refuse),
+        Format("bitblas", bitblas.BITS, bitblas.write, bitblas.verify, bitblas.RUNTIMES, bitblas.refuse),
         Format("native", native.BITS, native.write, native.verify, native.RUNTIMES),
-        Format("gguf", gguf.BITS, gguf.write, gguf.verify, gguf.RUNTIMES),
-        Format("awq", awq.BITS, awq.write, awq.verify, awq.RUNTIMES),
+        Format("gguf", gguf.BITS, gguf.write, gguf.verify, gguf.RUNTIMES, gguf.refuse),
+        Format("awq", awq.BITS, awq.write, awq.verify, awq.RUNTIMES, awq.refuse),
         Format(
             "compressed-tensors",
             compressed_tensors.BITS,

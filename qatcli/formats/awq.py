@@ -28,11 +28,8 @@ _PROMOTE = "export with awq_promote, which stores them in 4 bits, or export comp
 
 
 def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> None:
-    """Write the AWQ directory. QatError for bits, sizes or mixed groups it cannot say."""
-    source.refuse_quantized_head(checkpoint, "awq")
-    carried = BITS if options.awq_promote else (4,)
-    source.refuse_bits(checkpoint, "awq", carried, hint=_PROMOTE)
-    refuse_sizes(checkpoint, "awq", 32)
+    """Write the AWQ directory. QatError for what `refuse` names."""
+    refuse(checkpoint, options)
     source.survey(checkpoint)
     group = group_size(checkpoint, promote=options.awq_promote)
     config: dict[str, Any] = {
@@ -72,6 +69,15 @@ def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> V
         expected=expected,
     )
     return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
+
+
+def refuse(checkpoint: PackedCheckpoint, options: ExportOptions) -> None:
+    """QatError for bits, sizes or mixed groups it cannot say."""
+    source.refuse_quantized_head(checkpoint, "awq")
+    carried = BITS if options.awq_promote else (4,)
+    source.refuse_bits(checkpoint, "awq", carried, hint=_PROMOTE)
+    refuse_sizes(checkpoint, "awq", 32)
+    group_size(checkpoint, promote=options.awq_promote)
 
 
 def group_size(checkpoint: PackedCheckpoint, *, promote: bool) -> int:

@@ -26,17 +26,8 @@ _NOTE = "not run in GPTQModel: its BitBLAS kernel needs CUDA; the integers were 
 
 
 def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> None:
-    """Write the BitBLAS directory. QatError for group sizes, sizes or bits its kernel would misread."""
-    source.refuse_quantized_head(checkpoint, "bitblas")
-    refuse_sizes(checkpoint, "bitblas", 32)
-    refuse_groups(checkpoint, "bitblas", GROUPS, hint="export gptq, which takes more, or compressed-tensors")
-    main = Counter(_kinds(checkpoint).values()).most_common(1)[0][0]
-    others = [f"{name} {kind}" for name, kind in _kinds(checkpoint).items() if kind != main]
-    source.refuse_if(
-        others,
-        f"GPTQModel gives every BitBLAS linear the same bits and group size, here {main}, whatever `dynamic` says",
-        hint="export gptq, which takes several",
-    )
+    """Write the BitBLAS directory. QatError for what `refuse` names."""
+    refuse(checkpoint, options)
     source.survey(checkpoint)
     config = quantization_config(checkpoint, symmetric=False, layout_name="bitblas", containers=_CONTAINERS)
     write_directory(
@@ -64,6 +55,20 @@ def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> V
         settings_beside="quantize_config.json",
     )
     return found.with_note(_NOTE)
+
+
+def refuse(checkpoint: PackedCheckpoint, _options: ExportOptions) -> None:
+    """QatError for group sizes, sizes or bits its kernel would misread."""
+    source.refuse_quantized_head(checkpoint, "bitblas")
+    refuse_sizes(checkpoint, "bitblas", 32)
+    refuse_groups(checkpoint, "bitblas", GROUPS, hint="export gptq, which takes more, or compressed-tensors")
+    main = Counter(_kinds(checkpoint).values()).most_common(1)[0][0]
+    others = [f"{name} {kind}" for name, kind in _kinds(checkpoint).items() if kind != main]
+    source.refuse_if(
+        others,
+        f"GPTQModel gives every BitBLAS linear the same bits and group size, here {main}, whatever `dynamic` says",
+        hint="export gptq, which takes several",
+    )
 
 
 def _pack(linear: source.Arrays, *, zeros_name: str) -> layout.Arrays:

@@ -104,6 +104,7 @@ class Deployment:
 
 Write = Callable[[PackedCheckpoint, Path, ExportOptions], None]
 Verify = Callable[[PackedCheckpoint, Path, ExportOptions], Verification]
+Refuse = Callable[[PackedCheckpoint, ExportOptions], None]
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class Format:
     """One export format.
 
     `write` makes the directory `out` or nothing; `verify` re-reads it with other code and asks `runtimes`, keys of
-    `qatcli.formats.runtimes.RUNTIMES`, where they are installed.
+    `qatcli.formats.runtimes.RUNTIMES`, where they are installed. `refuse` raises QatError for what `write` would refuse
+    whatever the values: it asks for the config and for bits and sizes of the linears. None: any of its bits will do.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Format:
     write: Write
     verify: Verify
     runtimes: tuple[str, ...]
+    refuse: Refuse | None = None
 
 
 def require_passed(verification: Verification) -> None:

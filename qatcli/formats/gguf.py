@@ -34,6 +34,7 @@ FILE = "model.gguf"
 # ggml file types (llama.cpp's llama_ftype), by the block type most linears have.
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q2_K": 10, "Q4_K": 15, "Q2_0": 41}
 _F32, _F16, _Q8_0 = 0, 1, 8
+_UNFIT = "put them into quant.skip, choose another gguf_type, or export compressed-tensors"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,18 @@ def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> V
     return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 
+def refuse(checkpoint: PackedCheckpoint, _options: ExportOptions) -> None:
+    """QatError for an architecture, or for rows and groups, that GGUF cannot carry whatever the integers."""
+    gguf_model.with_defaults(checkpoint)
+    unfit = []
+    for name, quant in checkpoint.modules.items():
+        groups = 1 if quant.group_size < 0 else quant.in_features // quant.group_size
+        codes, zero_point = np.zeros((1, quant.in_features), np.uint8), np.zeros((1, groups), np.uint8)
+        if gguf_blocks.choose_type(codes, zero_point, bits=quant.bits) is None:
+            unfit.append(name)
+    source.refuse_if(unfit, "no block type of GGUF has such rows or groups", hint=_UNFIT)
+
+
 def block_types(checkpoint: PackedCheckpoint, wanted: str) -> dict[str, str]:
     """The block type of every linear: the smallest exact fit, or `wanted` for all of them."""
     names = ("auto", "exact", *gguf_blocks.TYPES)
@@ -101,8 +114,7 @@ def block_types(checkpoint: PackedCheckpoint, wanted: str) -> dict[str, str]:
             unfit.append(f"{name} ({linear.bits} bits, {list(linear.codes.shape)})")
         else:
             types[name] = chosen
-    hint = "put them into quant.skip, choose another gguf_type, or export compressed-tensors"
-    source.refuse_if(unfit, "no block type of GGUF carries these integers", hint=hint)
+    source.refuse_if(unfit, "no block type of GGUF carries these integers", hint=_UNFIT)
     return types
 
 

@@ -31,10 +31,8 @@ GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)  # GPTQModel's, the one kernel th
 
 
 def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> None:
-    """Write the GPTQ directory. QatError for sizes that are no multiples of 32 or a quantized output head."""
-    source.refuse_quantized_head(checkpoint, "gptq")
-    refuse_sizes(checkpoint, "gptq", 32)
-    refuse_groups(checkpoint, "gptq", GROUPS, hint="export compressed-tensors, which takes any")
+    """Write the GPTQ directory. QatError for what `refuse` names."""
+    refuse(checkpoint, options)
     symmetric = source.survey(checkpoint)
     config = quantization_config(checkpoint, symmetric=symmetric, layout_name="gptq" if symmetric else "gptq_v2")
     write_directory(
@@ -55,6 +53,13 @@ def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> V
         checkpoint, out, "gptq", _read, declared, suffixes=SUFFIXES, settings_beside="quantize_config.json"
     )
     return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
+
+
+def refuse(checkpoint: PackedCheckpoint, _options: ExportOptions) -> None:
+    """QatError for sizes that are no multiples of 32, groups that no kernel takes, or a quantized output head."""
+    source.refuse_quantized_head(checkpoint, "gptq")
+    refuse_sizes(checkpoint, "gptq", 32)
+    refuse_groups(checkpoint, "gptq", GROUPS, hint="export compressed-tensors, which takes any")
 
 
 def refuse_sizes(checkpoint: PackedCheckpoint, format_name: str, multiple: int) -> None:

@@ -74,6 +74,7 @@ class PlannedModel:
         self.config = source.config()
         skeleton = self._blocks.skeleton
         source.shapes = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+        self.names = tuple(source.shapes)
         sizes = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}  # tied ones once
         prefix = self._blocks.prefix + "."
         self.outside = sum(size for name, size in sizes.items() if not name.startswith(prefix))

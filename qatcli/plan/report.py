@@ -11,7 +11,8 @@ from rich.console import Group
 from rich.table import Table
 
 from qatcli import machine
-from qatcli.formats import FORMATS, deployment
+from qatcli.errors import QatError
+from qatcli.formats import FORMATS, ExportOptions, Format, deployment
 from qatcli.formats.contract import Deployment
 from qatcli.packed import PackedCheckpoint
 from qatcli.plan import GIB, Need, bytes_in, libraries, need, setting
@@ -70,23 +71,32 @@ def make_plan(recipe: Recipe, device: torch.device, run_dir: Path) -> dict[str, 
 
 
 def runtimes(s: Setting) -> dict[str, list[Deployment]]:
-    """Format -> who runs it, for every format that carries these bits."""
-    checkpoint = PackedCheckpoint(Path(), {}, s.model.linears, {})
+    """Format -> who runs it, for every format that carries linears of these bits, sizes and groups."""
+    checkpoint = PackedCheckpoint(Path(), s.model.config.to_dict(), s.model.linears, dict.fromkeys(s.model.names, ""))
     symmetric = s.recipe.quant.zero_points == "middle"
     rows = {
         "gptq": deployment.gptq(checkpoint, symmetric=symmetric),
         "bitblas": deployment.bitblas(s.recipe.export.bitblas_zeros),
         "native": deployment.native(),
         "gguf": deployment.gguf("model.gguf", set()),
-        "awq": deployment.awq(),
+        "awq": deployment.where_merged(checkpoint, deployment.awq()),
         "compressed-tensors": deployment.compressed_tensors(checkpoint, symmetric=symmetric),
         "dense": deployment.dense(),
     }
-    bits = {quant.bits for quant in s.model.linears.values()}
-    fits = {name for name, row in FORMATS.items() if bits <= set(row.bits)}
-    if bits != {4} and not s.recipe.export.awq_promote:
-        fits.discard("awq")
-    return {name: found for name, found in rows.items() if name in fits}
+    options = ExportOptions(awq_promote=s.recipe.export.awq_promote)
+    return {name: found for name, found in rows.items() if _writable(FORMATS[name], checkpoint, options)}
+
+
+def _writable(row: Format, checkpoint: PackedCheckpoint, options: ExportOptions) -> bool:
+    """Whether an export can be promised, as far as bits, sizes and architecture tell."""
+    if not {quant.bits for quant in checkpoint.modules.values()} <= set(row.bits):
+        return False
+    try:
+        if row.refuse:
+            row.refuse(checkpoint, options)
+    except QatError:
+        return False
+    return True
 
 
 def render(plan: dict[str, Any]) -> Group:

@@ -15,7 +15,7 @@ from qatcli import machine
 from qatcli.errors import ResourceError
 from qatcli.plan import GIB, Need, need, require, setting
 from qatcli.plan.needs import MEMORY
-from qatcli.plan.report import CHAIN, make_plan, render
+from qatcli.plan.report import CHAIN, make_plan, render, runtimes
 from qatcli.plan.timing import Rates, Work
 from qatcli.recipe import Recipe
 from qatcli.stages import STAGES
@@ -183,10 +183,55 @@ def test_the_plan_as_json_and_as_a_table(recipe: Callable[..., Recipe], monkeypa
         assert row["host"] > sum(row["parts"].values()) > 0
         assert row["device"] is None
     assert found["seconds"] == pytest.approx(sum(row["seconds"] or 0 for row in found["stages"]))
-    assert {"gptq", "native", "gguf", "dense", "compressed-tensors", "bitblas"} == set(found["runtimes"])
+    assert {"native", "dense", "compressed-tensors"} == set(found["runtimes"])  # 48 columns, no multiple of 32
     text = "".join(str(cell) for table in render(found).renderables for c in table.columns for cell in c.cells)  # type: ignore[union-attr]
     assert "block-ap" in text
     assert "vLLM" in text
+
+
+ANY = {"native", "dense", "compressed-tensors"}
+
+
+@pytest.mark.parametrize(
+    ("quant", "export", "formats"),
+    [
+        ({"bits": 2, "group_size": 32}, {}, {"gptq", "bitblas", "gguf"}),
+        ({"bits": 2, "group_size": 16}, {}, {"gptq"}),
+        ({"bits": 4, "group_size": 32}, {}, {"gptq", "bitblas", "gguf", "awq"}),
+        ({"bits": 4, "group_size": -1}, {}, {"gptq", "bitblas", "gguf"}),
+        ({"bits": 4, "group_size": -1}, {"awq_promote": True}, {"gptq", "bitblas", "gguf", "awq"}),
+        ({"bits": 8, "group_size": 32}, {}, {"gptq", "bitblas"}),
+    ],
+)
+def test_only_formats_that_will_be_written_are_promised(
+    recipe: Callable[..., Recipe],
+    save_random_model: Callable[..., Path],
+    quant: dict[str, Any],
+    export: dict[str, Any],
+    formats: set[str],
+) -> None:
+    model = {"source": str(save_random_model("LlamaConfig", intermediate_size=64, head_dim=16))}
+    s = setting(recipe(model=model, quant=quant, export=export), CPU, Path("runs"))
+    assert set(runtimes(s)) == ANY | formats
+
+
+def test_an_architecture_that_llama_cpp_lacks_has_no_gguf(
+    recipe: Callable[..., Recipe], save_random_model: Callable[..., Path]
+) -> None:
+    model = {"source": str(save_random_model("OlmoConfig", intermediate_size=64, num_key_value_heads=4))}
+    s = setting(recipe(model=model, quant={"group_size": 32}), CPU, Path("runs"))
+    assert set(runtimes(s)) == ANY | {"gptq", "bitblas"}
+
+
+def test_servers_that_merge_a_skipped_linear_are_not_promised(
+    recipe: Callable[..., Recipe], save_random_model: Callable[..., Path]
+) -> None:
+    model = {"source": str(save_random_model("LlamaConfig", intermediate_size=64, head_dim=16))}
+    quant = {"bits": 4, "group_size": 32, "skip": ["*v_proj"]}
+    found = runtimes(setting(recipe(model=model, quant=quant), CPU, Path("runs")))
+    for name in ("gptq", "awq", "compressed-tensors"):
+        commands = {row.runtime: row.command for row in found[name]}
+        assert (commands["vLLM"], commands["SGLang"]) == ("", "")
 
 
 def test_outputs_that_fill_the_disk_together(
