@@ -24,10 +24,11 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Storage:
-    """The kind of checkpoint, and whether zero points are stored minus one (GPTQ version 1)."""
+    """The kind of checkpoint, whether zero points are stored minus one (GPTQ version 1), the bits its settings say."""
 
     name: str
     stored_minus_one: bool = False
+    bits: int | None = None
 
 
 def storage_of(path: Path, settings: Mapping[str, Any]) -> Storage:
@@ -46,7 +47,7 @@ def storage_of(path: Path, settings: Mapping[str, Any]) -> Storage:
             raise InputError(
                 f"{path} stores GPTQ as {layout}", hint="only the formats gptq, gptq_v2 and bitblas are imported"
             )
-        return Storage(f"GPTQ ({layout})", stored_minus_one=layout == "gptq")
+        return Storage(f"GPTQ ({layout})", stored_minus_one=layout == "gptq", bits=settings.get("bits"))
     if method == "awq":
         version = str(settings.get("version", settings.get("format", "gemm"))).lower()
         if version != "gemm" or settings.get("bits", 4) != 4:
@@ -80,8 +81,9 @@ def read_linear(tensors: Mapping[str, Tensor], storage: Storage, columns: int) -
     if storage.name == "AWQ":
         return readback.awq(qweight, qzeros, scale), 4
     _require_order(tensors.get("g_idx"), columns, len(scale))
-    if len(qweight) == -(-columns // 10) and columns * 3 % 32 == 0:
-        # Ten codes per word is EfficientQAT's own, whatever the settings say, and its zero points are never moved.
+    if storage.bits != 4 and len(qweight) == -(-columns // 10) and columns * 3 % 32 == 0:
+        # Ten codes per word is EfficientQAT's own, and its zero points are never moved. 32 inputs take four words, as
+        # with 4 bits: there the settings decide.
         return readback.efficientqat_3bit(qweight, qzeros, scale, in_features=columns), 3
     bits = len(qweight) * 32 // columns
     if bits not in (2, 3, 4, 8) or bits * columns != len(qweight) * 32:

@@ -114,6 +114,17 @@ def test_gptq_version_1_as_autogptq_and_gptqmodel_write_it(
     _same(PackedCheckpoint.open(tmp_path / "packed"), checkpoint)
 
 
+def test_4_bits_of_32_inputs_are_not_taken_for_3(
+    save_tiny_llama: Callable[..., Path], pack: Packed, tmp_path: Path
+) -> None:
+    """Four words per output either way."""
+    narrow = save_tiny_llama("narrow", hidden_size=32, num_attention_heads=2, num_key_value_heads=2)
+    checkpoint = pack(narrow, tmp_path / "checkpoint", bits=4)
+    FORMATS["gptq"].write(checkpoint, tmp_path / "export", OPTIONS)
+    import_checkpoint(tmp_path / "export", tmp_path / "packed")
+    _same(PackedCheckpoint.open(tmp_path / "packed"), checkpoint)
+
+
 def test_imported_checkpoint_can_be_exported(packed: Packed, tmp_path: Path) -> None:
     FORMATS["gptq"].write(packed(3), tmp_path / "export", OPTIONS)
     import_checkpoint(tmp_path / "export", tmp_path / "packed")
