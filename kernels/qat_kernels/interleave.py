@@ -49,18 +49,6 @@ def interleave(packed: Tensor, *, bits: int, in_features: int) -> Tensor:
     return words
 
 
-def deinterleave(words: Tensor, *, bits: int, in_features: int) -> Tensor:
-    """The inverse of `interleave`, to codes uint8 [N, K]."""
-    rows = words.shape[0]
-    lanes = words.shape[1] * 4 // bits
-    sizes = [lanes * size for size in PLANES[bits]]
-    planes = [plane.view(rows, lanes, -1) for plane in words.view(torch.uint8).split(sizes, dim=1)]
-    values = pad(torch.cat(planes, dim=2), (0, 8 - bits)).contiguous().view(torch.int64)  # [N, lanes, 1]
-    fields = values >> bits * torch.arange(FIELDS, device=words.device) & 2**bits - 1
-    codes = fields.view(rows, -1, LANES, FIELDS).transpose(2, 3)
-    return codes.reshape(rows, -1)[:, :in_features].to(torch.uint8)
-
-
 def _words(codes: Tensor, bits: int) -> Tensor:
     rows, in_features = codes.shape
     fields = pad(codes, (0, -in_features % BLOCK)).view(rows, -1, FIELDS, LANES).transpose(2, 3).long()
