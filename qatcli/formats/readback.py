@@ -61,7 +61,10 @@ def gptq(qweight: Words, qzeros: Words, scales: NDArray[Any], *, bits: int, stor
 
 
 def efficientqat_3bit(qweight: Words, qzeros: Words, scales: NDArray[Any], *, in_features: int) -> Triple:
-    """EfficientQAT native 3 bits: qweight [ceil(K/10), N], qzeros [G, ceil(N/10)], zero points as they are."""
+    """EfficientQAT native 3 bits: qweight [ceil(K/10), N], qzeros [G, ceil(N/10)], zero points as they are.
+
+    2, 4 and 8 bits are GPTQ version 2, bit for bit. Source: EfficientQAT quantize/int_linear_real.py.
+    """
     codes = ten_per_word(np.ascontiguousarray(qweight.T), in_features)
     zero = ten_per_word(qzeros, scales.shape[1])
     return Triple(codes, np.ascontiguousarray(zero.T), np.ascontiguousarray(scales.T))

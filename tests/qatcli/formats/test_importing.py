@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from qatcli.errors import InputError
 from qatcli.formats import FORMATS, ExportOptions, source
 from qatcli.formats.importing import import_checkpoint
-from qatcli.formats.layouts.efficientqat import pack_linear_3bit
 from qatcli.packed import PackedCheckpoint
 
 Packed = Callable[..., PackedCheckpoint]
@@ -72,6 +71,13 @@ def _rewrite(
         (export / "quantize_config.json").write_text(json.dumps(settings))
 
 
+def _ten_per_word(values: np.ndarray) -> torch.Tensor:
+    """EfficientQAT's 3 bits along the last axis: value i in word i // 10 at shift 3 (i % 10)."""
+    padded = np.pad(values.astype(np.uint32), ((0, 0), (0, -values.shape[1] % 10)))
+    fields = padded.reshape(len(values), -1, 10) << np.arange(0, 30, 3, dtype=np.uint32)
+    return torch.from_numpy(np.bitwise_or.reduce(fields, axis=2).view(np.int32))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_efficientqat_native(packed: Packed, tmp_path: Path, bits: int) -> None:
     checkpoint = packed(bits)
@@ -83,8 +89,8 @@ def test_efficientqat_native(packed: Packed, tmp_path: Path, bits: int) -> None:
             tensors[name + ".scales"] = tensors[name + ".scales"].float()
             if bits == 3:
                 linear = source.arrays(checkpoint, name)
-                arrays = pack_linear_3bit(linear.codes, linear.zero_point, linear.scale)
-                tensors |= {f"{name}.{part}": torch.from_numpy(arrays[part]) for part in ("qweight", "qzeros")}
+                tensors[name + ".qweight"] = _ten_per_word(linear.codes).T.contiguous()
+                tensors[name + ".qzeros"] = _ten_per_word(linear.zero_point.T).contiguous()
 
     _rewrite(tmp_path / "export", native, None)
     import_checkpoint(tmp_path / "export", tmp_path / "packed")

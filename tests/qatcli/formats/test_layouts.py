@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatcli.formats import gguf_readback, readback
-from qatcli.formats.layouts import awq, bitblas, bitstream, compressed_tensors, efficientqat, gguf_blocks, gptq
+from qatcli.formats.layouts import awq, bitblas, bitstream, compressed_tensors, gguf_blocks, gptq
 
 GOLDEN = Path(__file__).parent / "golden" / "layouts.npz"
 BITS = (2, 3, 4, 8)
@@ -54,8 +54,6 @@ def _packed(layout: str, case: str) -> dict[str, np.ndarray]:
         return compressed_tensors.pack_linear(codes, zero, scale, bits=bits)
     if layout == "awq":
         return awq.pack_linear(codes, zero, scale)
-    if layout == "efficientqat":
-        return efficientqat.pack_linear_3bit(codes, zero, scale)
     if layout == "gguf":
         names = [n.split("/")[1] for n in CASES[case] if n.startswith("gguf/")]
         return {name: gguf_blocks.TYPES[name].encode(codes, zero, scale) for name in names}
@@ -70,7 +68,7 @@ def test_golden_file_is_complete() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "layout"), ENTRIES)
+@pytest.mark.parametrize(("case", "layout"), [e for e in ENTRIES if e[1] != "efficientqat"])  # which is only read
 def test_packed_arrays_equal_golden(case: str, layout: str) -> None:
     packed = _packed(layout, case)
     compared = 0
