@@ -98,18 +98,12 @@ class BlockModel:
         base = self.skeleton.base_model
         record = Record()
         blocks = self._blocks()
-        head = self.skeleton.get_output_embeddings()
-        head_names = {id(p) for p in head.parameters()} if head is not None else set()
-        embeddings = self.skeleton.get_input_embeddings()
         for index, block in enumerate(blocks):
             block.forward = record.forward_of(index)
         try:
-            for name, parameter in list(self.skeleton.named_parameters()):
-                tied = parameter is getattr(embeddings, "weight", None)
-                if name.startswith(self.prefix + ".") or (id(parameter) in head_names and not tied):
-                    continue
-                value = self.source.tensors([name])[name].to(device, dtype)
-                _set_parameter(self.skeleton, name, value)
+            for name in _without_head(self.skeleton):
+                if not name.startswith(self.prefix + "."):
+                    _set_parameter(self.skeleton, name, self.source.tensors([name])[name].to(device, dtype))
             for module in base.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(device))
@@ -169,14 +163,15 @@ def open_blocks(source: ModelSource) -> BlockModel:
     with refused(f"{source.path}: transformers cannot build this model"), init_empty_weights(include_buffers=False):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     skeleton.tie_weights()
-    for name, parameter in skeleton.named_parameters() if source.shapes else ():
-        if name not in source.shapes:
-            raise InputError(
-                f"{source.path} has no tensor `{name}`, which {type(skeleton).__name__} consists of",
-                hint="the checkpoint is incomplete, or of a family whose tensors transformers renames or fuses when it "
-                "loads them (mixtures of experts, models that also see), which qat does not read",
-            )
-        implied, found = list(parameter.shape), list(source.shapes[name])
+    missing = [name for name in _without_head(skeleton) if name not in source.shapes]
+    if missing and source.shapes:
+        raise InputError(
+            f"{source.path} has no tensor `{missing[0]}`, which {type(skeleton).__name__} consists of",
+            hint="the checkpoint is incomplete, or of a family whose tensors transformers renames or fuses when it "
+            "loads them (mixtures of experts, models that also see), which qat does not read",
+        )
+    for name, parameter in skeleton.named_parameters():
+        implied, found = list(parameter.shape), list(source.shapes.get(name, parameter.shape))
         if found != implied:
             raise InputError(
                 f"{source.path}: {name} is {found}, but config.json implies {implied}",
@@ -200,6 +195,14 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Te
     """One block's output hidden states [B, T, H]."""
     output = block(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
+
+
+def _without_head(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters that are read one at a time: all but those of an untied output layer, which comes with
+    the whole model only, and which some families' checkpoints call otherwise (GPT-NeoX)."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    of_head = set() if head is None else {id(p) for p in head.parameters()} - {id(p) for p in embeddings.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in of_head]
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

@@ -111,23 +111,24 @@ class PlannedModel:
         """Memory of the largest block with `kind` of linears: "dense", "fake_quant" or "packed"."""
         key = (kind, batch, seq_len, stream_dtype, dtype)
         if key not in self._traced:
+            name = self._blocks.block_name(self.largest)
+            # Before the mode is on: tensors that a module keeps besides parameters and buffers (GPT-J) have data.
+            block = copy.deepcopy(self._blocks.skeleton.get_submodule(name))
             with without_data() as live:
                 arguments = self._blocks.block_arguments(seq_len, CPU, torch.float32)[self.largest]
                 shape = (batch, seq_len, self.hidden)
-                block = self._largest_block(kind)
+                self._prepare(block, name + ".", kind)
                 self._traced[key] = trace(live, block, arguments, shape=shape, stream_dtype=stream_dtype, dtype=dtype)
         return self._traced[key]
 
-    def _largest_block(self, kind: str) -> nn.Module:
-        """A copy of the largest block, its tensors without data."""
-        prefix = self._blocks.block_name(self.largest) + "."
-        block = copy.deepcopy(self._blocks.skeleton.get_submodule(prefix.rstrip(".")))
+    def _prepare(self, block: nn.Module, prefix: str, kind: str) -> None:
+        """Give the largest block tensors without data, and the `kind` of linears."""
         block.load_state_dict({name: torch.empty(t.shape) for name, t in block.state_dict().items()}, assign=True)
         if kind != "dense":
             quants = {name.removeprefix(prefix): quant for name, quant in self.quants[self.largest].items()}
             block.requires_grad_(kind == "fake_quant")
             replace_modules(block, list(quants), lambda name, linear: LINEARS[kind](linear, quants[name]))
-        return block.eval()
+        block.eval()
 
 
 def packed_bytes(quant: ModuleQuant, *, scale: int) -> int:

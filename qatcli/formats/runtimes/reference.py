@@ -82,13 +82,16 @@ def dense_weight(linear: source.Arrays) -> NDArray[np.float32]:
 
 
 def dense_model(checkpoint: PackedCheckpoint) -> Any:
-    """The transformers model with dense fp32 weights. ValueError when the tensors do not fit the architecture."""
-    from accelerate import init_empty_weights
+    """The transformers model with dense fp32 weights. ValueError when the tensors do not fit the architecture.
+
+    Loaded by transformers, which knows families whose checkpoints have other names than their modules (GPT-NeoX), and
+    which takes the tensors as they are: every weight is in memory once.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**source.base_config(checkpoint))
-    with init_empty_weights(include_buffers=False):  # the checkpoint lacks some buffers, such as rotary frequencies
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
     state = {}
     for name in checkpoint.modules:
         linear = source.arrays(checkpoint, name)
@@ -97,11 +100,11 @@ def dense_model(checkpoint: PackedCheckpoint) -> Any:
             state[name + ".bias"] = linear.bias.float()
     for name in source.dense_tensor_names(checkpoint):
         state[name] = source.cast(name, checkpoint.tensor(name), torch.float32)
-    _, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if absent or unexpected:
-        raise ValueError(f"the checkpoint does not fit its architecture: {[*absent, *unexpected][:3]}")
+    model, found = kind.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    if odd := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
+        raise ValueError(f"the checkpoint does not fit its architecture: {odd[:3]}")
     return model.eval()
 
 

@@ -21,7 +21,7 @@ from qatcli.formats import FORMATS, ExportOptions, source
 from qatcli.formats.contract import Verification
 from qatcli.formats.runtimes import RUNTIMES, obstacle, run, verify_in
 from qatcli.formats.runtimes.reference import dense_model, dense_weight, logits, perplexity, prompts, reference
-from qatcli.packed import PackedCheckpoint
+from qatcli.packed import PackedCheckpoint, quantization_config, read_config, write_config
 
 Packed = Callable[..., PackedCheckpoint]
 ROOT = Path(__file__).resolve().parents[3]
@@ -86,6 +86,16 @@ def test_the_reference_is_the_model_with_rounded_weights(
         weight = torch.from_numpy(dense_weight(source.arrays(checkpoint, name)))
         expected.get_submodule(name).weight.data.copy_(weight)
     np.testing.assert_array_equal(logits(dense_model(checkpoint)), logits(expected))
+
+
+def test_the_reference_of_a_family_whose_checkpoints_have_other_names(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    expected = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=61, **sizes)).eval()
+    expected.save_pretrained(tmp_path)
+    settings = quantization_config({}, bits=4, group_size=32, symmetric=False, scale_dtype=torch.float16)
+    write_config(tmp_path, {**read_config(tmp_path), "quantization_config": settings})
+    found = dense_model(PackedCheckpoint.open(tmp_path))
+    np.testing.assert_array_equal(logits(found), logits(expected))
 
 
 def test_the_reference_holds_every_weight_once(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPTJConfig
 
 from qatcli.errors import InputError
 from qatcli.packed import ModuleQuant, QuantizedLinear, pack_linear
@@ -78,3 +79,10 @@ def test_a_model_that_the_hub_does_not_give_is_said_so() -> None:
     with pytest.raises(InputError, match="owner/model could not be fetched from the hub") as caught:  # it is off here
         PlannedModel(ModelSection(source="owner/model"), QuantSection(bits=2, group_size=64))
     assert "gated" in str(caught.value.hint)
+
+
+def test_a_block_that_keeps_tensors_of_its_own_is_measured(tmp_path: Path) -> None:
+    """GPT-J's rotary table is neither a parameter nor a buffer."""
+    GPTJConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4).save_pretrained(tmp_path)
+    passes = planned(tmp_path).passes("fake_quant", 2, 8, torch.float32, torch.float32)
+    assert passes.training > passes.forward > 0
