@@ -19,6 +19,7 @@ from qatcli.errors import ResourceError
 from qatcli.memory import release_memory
 from qatcli.plan.model import PlannedModel
 from qatcli.plan.needs import MEMORY, Setting, Stream, disk_bytes
+from qatcli.plan.tracing import UntraceableError
 from qatcli.recipe import ModelSection, QuantSection, Recipe
 
 GIB = 2**30
@@ -94,7 +95,10 @@ def require(recipe: Recipe, stage: str, variant: str, *, device: torch.device, o
         return None
     release_memory()
     s = setting(recipe, device, out)
-    predicted = need(s, stage, variant)
+    try:
+        predicted = need(s, stage, variant)
+    except UntraceableError as error:
+        return f"what {stage} needs is not known: {error.message}"
     cache = Path(recipe.block_ap.cache.dir or out)
     disk = max(0, predicted.disk - bytes_in(out))
     knob = KNOBS[stage]

@@ -9,6 +9,7 @@ Left out: the scratch memory inside of kernels and of the allocator, which is sm
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_iter
 
 from qat_kernels.autograd import FakeQuant, QuantizedMatmul
 from qat_kernels.dispatch import REFERENCE
+from qatcli.errors import QatError
 from qatcli.models.blocks import run_block
 from qatcli.packed import ModuleQuant
 from qatcli.training import active_dtype, autocast
@@ -43,6 +45,10 @@ class Passes:
     forward: int
     kept: int
     training: int
+
+
+class UntraceableError(QatError):
+    """A block whose operations cannot all run on tensors without data: what it takes cannot be predicted."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -73,9 +79,19 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def without_data() -> Iterator[LiveBytes]:
-    """Tensors made inside have shapes and no memory."""
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-        yield live
+    """Tensors made inside have shapes and no memory. UntraceableError for whatever torch raises about that."""
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it writes down what it raises
+    try:
+        with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+            yield live
+    except QatError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UntraceableError(
+            f"a block of this model does not run without data: {reason}",
+            hint="memory cannot be predicted for it; the stages run nevertheless",
+        ) from error
 
 
 def trace(

@@ -17,6 +17,7 @@ from qatcli.plan import GIB, Need, need, require, setting
 from qatcli.plan.needs import MEMORY
 from qatcli.plan.report import CHAIN, make_plan, render, runtimes
 from qatcli.plan.timing import Rates, Work
+from qatcli.plan.tracing import UntraceableError
 from qatcli.recipe import Recipe
 from qatcli.stages import STAGES
 
@@ -283,3 +284,20 @@ def test_a_plan_for_a_gpu_that_is_elsewhere(recipe: Callable[..., Recipe]) -> No
 
 def test_seconds_add_up() -> None:
     assert Work(10, 6).seconds(Rates(5, 2)) == 5
+
+
+def test_a_model_that_cannot_be_traced_is_a_doubt_and_not_an_error(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operations that have no shapes without data: the plan says so, and the stage goes on."""
+
+    def unknown(*_: object, **__: object) -> None:
+        raise RuntimeError("no meta kernel for this")
+
+    monkeypatch.setattr("qatcli.plan.model.trace", unknown)
+    untraced = recipe(calibrate={"seq_len": 48})
+    doubt = require(untraced, "calibrate", "", device=CPU, out=tmp_path / "calibrate.partial")
+    assert doubt is not None
+    assert "no meta kernel for this" in doubt
+    with pytest.raises(UntraceableError, match="no meta kernel"):
+        make_plan(untraced, CPU, tmp_path)
