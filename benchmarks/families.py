@@ -3,9 +3,9 @@
     python benchmarks/families.py TOKENIZER TEXT [--only REGEX] [--out FILE]
 
 TOKENIZER is the folder of any tokenizer, TEXT a text of some thousand tokens. Prints a Markdown table: how far the
-blocks, run one at a time, are from the whole model (largest difference of hidden states behind the last one, relative to
-the largest of them), whether the chain of `qat run` ends, and what each export says, verified in the runtimes that are
-installed. Random weights say nothing about quality: this is about names, shapes and replayed arguments.
+blocks, run one at a time, are from the whole model (largest difference of hidden states behind the last one, relative
+to the largest of them), whether the chain of `qat run` ends, and what each export says, verified in the runtimes that
+are installed. Random weights say nothing about quality: this is about names, shapes and replayed arguments.
 """
 
 from __future__ import annotations
