@@ -29,20 +29,20 @@ from qatcli.formats import FORMATS
 from qatcli.models.blocks import open_blocks, run_block
 from qatcli.models.source import open_source
 
-CPU, TOKENS = torch.device("cpu"), 24
+CPU, TOKENS = torch.device("cpu"), 48  # more than a sliding window below
 COMMON: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
 GATED = {**COMMON, "intermediate_size": 96, "num_key_value_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": GATED,
-    "Mistral": {**GATED, "sliding_window": 16},
+    "Mistral": {**GATED, "sliding_window": 32},
     "Qwen2": GATED,
     "Qwen3": {**GATED, "head_dim": 16},
-    "Gemma2": {**GATED, "head_dim": 16, "sliding_window": 16},
-    "Gemma3Text": {**GATED, "head_dim": 16, "sliding_window": 16},
+    "Gemma2": {**GATED, "head_dim": 16, "sliding_window": 32},
+    "Gemma3Text": {**GATED, "head_dim": 16, "sliding_window": 32},
     "Phi": {**COMMON, "intermediate_size": 96},
     "Phi3": GATED,
     "Olmo2": GATED,
-    "Cohere2": {**GATED, "sliding_window": 16},
+    "Cohere2": {**GATED, "sliding_window": 32},
     "StableLm": GATED,
     "Granite": GATED,
     "SmolLM3": GATED,
