@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2": GATED,
     "Qwen3": {**GATED, "head_dim": 16},
     "Gemma2": {**GATED, "head_dim": 16, "sliding_window": 32},
-    "Gemma3Text": {**GATED, "head_dim": 16, "sliding_window": 32},
+    "Gemma3Text": {**GATED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32},
     "Phi": {**COMMON, "intermediate_size": 96},
     "Phi3": GATED,
     "Olmo2": GATED,
@@ -85,9 +85,9 @@ def _row(name: str, folder: Path, tokenizer: Path, text: Path) -> Iterator[str]:
     model = _save(name, folder / "model", tokenizer)
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(_recipe(model, text)), encoding="utf-8")
-    yield _said(lambda: f"{_difference(model):.0e}")
+    yield _said(lambda: f"{_difference(model):.0e}").replace(f"{folder}/", "")
     where: dict[str, Any] = {"run_dir": folder / "run", "restart": False, "device": "cpu", "verbosity": -1}
-    chain = _said(lambda: "ends" if run_all(recipe, [], **where) else "")
+    chain = _said(lambda: "ends" if run_all(recipe, [], **where) else "").replace(f"{folder}/", "")
     yield chain
     for kind in FORMATS:
         yield _said(partial(_exported, recipe, kind, where)) if chain == "ends" else ""

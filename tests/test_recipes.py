@@ -27,6 +27,7 @@ OTHERS = {
     "llama-2-7b/w2g64-alpaca.yaml",
     "llama-3-8b/w2g64-alpaca.yaml",
     "smollm2/w3g64-alpaca.yaml",
+    "smollm2/w3g64-large.yaml",
 }
 
 
@@ -34,7 +35,7 @@ OTHERS = {
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """A function that loads a recipe by name in a place where all the files that it names exist."""
     files = ("data/calib/rp1t_c4.jsonl", "data/calib/alpaca_5000.json", "data/ppl/wiki.test.raw", "model/config.json")
-    files += ("tiny.jsonl",)
+    files += ("data/calib/enwiki_hotpot_17mb.jsonl", "tiny.jsonl")
     demo = (".demo/SmolLM2-135M-Instruct.Q4_1.gguf", ".demo/wiki.utf8", ".demo/wiki-heldout.txt")
     for file in (*files, *demo):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def test_loads_and_is_named_after_its_grid(load, name: str) -> None:  # type: ig
     assert (recipe.quant.bits, recipe.quant.group_size) == (int(grid[1]), int(grid[2]))
     if grid[3] == "-efficientqat":
         assert recipe.method == "efficientqat"
-    assert (grid[3] == "-alpaca") == (recipe.e2e_qp.data is not None)
+    assert (grid[3] in ("-alpaca", "-large")) == (recipe.e2e_qp.data is not None)
 
 
 @pytest.mark.parametrize("name", NAMES)
