@@ -200,9 +200,10 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Te
 def _without_head(model: PreTrainedModel) -> list[str]:
     """Names of the parameters that are read one at a time: all but those of an untied output layer, which comes with
     the whole model only, and which some families' checkpoints call otherwise (GPT-NeoX)."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    of_head = set() if head is None else {id(p) for p in head.parameters()} - {id(p) for p in embeddings.parameters()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) not in of_head]
+    head, own = model.get_output_embeddings(), set()
+    if head is not None:
+        own = {id(p) for p in head.parameters()} - {id(p) for p in model.get_input_embeddings().parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in own]
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
