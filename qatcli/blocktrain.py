@@ -250,10 +250,6 @@ def _parameter_groups(
     *,
     zero_points: ZeroPoints,
 ) -> list[dict[str, Any]]:
-    """One for every parameter of the block; none without a step."""
-    if schedule.steps == 0:
-        return []
-
     def group(parameter: nn.Parameter, rate: float, unit: float) -> dict[str, Any]:
         return parameter_group(parameter, rate, units=config.lr_units, unit=unit, schedule=schedule)
 

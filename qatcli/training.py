@@ -64,7 +64,10 @@ def parameter_group(
 
     unit: the natural step of the parameter, or of each of its elements, a tensor of its shape. `own` is the ratio of
     these to their mean, with which the `Stepper` multiplies every update. `max_step` bounds the peak, in such steps.
+    A schedule without steps trains nothing: the peak is 0.
     """
+    if schedule.steps == 0:
+        return {"params": [parameter], "peak": 0.0}
     if units == "absolute":
         return {"params": [parameter], "peak": rate}
     steps = rate / schedule.total()

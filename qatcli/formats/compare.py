@@ -29,6 +29,7 @@ from qatcli.packed import PackedCheckpoint, read_config
 from qatcli.shards import shard_map
 
 READER = "qat's independent reader"
+AT_A_TIME = 2**20  # values compared together: decoded, or in double precision, a value takes up to 50 bytes
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,12 @@ class Tally:
             differences=tuple(differences),
             notes=tuple(notes),
         )
+
+
+def parts_of(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of whole rows of a vector or matrix, `AT_A_TIME` values each."""
+    rows = max(1, AT_A_TIME // int(np.prod(shape[1:])))
+    return (slice(start, start + rows) for start in range(0, shape[0], rows))
 
 
 def compare_directory(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qatcli.formats import deployment, readback, source
-from qatcli.formats.compare import Kind, Settings, TensorFiles, compare_directory
+from qatcli.formats.compare import Kind, Settings, TensorFiles, compare_directory, parts_of
 from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.model_directory import write_directory
 from qatcli.formats.runtimes import verify_in
@@ -21,7 +21,6 @@ from qatcli.packed import PackedCheckpoint
 
 BITS = (2, 3, 4, 8)
 RUNTIMES = ("transformers-dense",)
-_ROWS = 256  # compared together: in double precision a weight takes some 50 bytes
 
 
 def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> None:
@@ -69,8 +68,7 @@ def _read(
         raise ValueError(f"it is {weight.dtype} {list(weight.shape)}, not {dtype} {list(linear.codes.shape)}")
     columns, wrong = weight.shape[1] // linear.scale.shape[1], 0
     codes = np.empty_like(linear.codes)
-    for start in range(0, len(codes), _ROWS):
-        part = slice(start, start + _ROWS)
+    for part in parts_of(codes.shape):
         stored = weight[part].double().numpy()
         zero, scale = (np.repeat(a[part].astype(float), columns, axis=1) for a in (linear.zero_point, linear.scale))
         found = np.clip(np.rint(stored / np.where(scale == 0, 1, scale)) + zero, 0, 255)

@@ -8,7 +8,6 @@ not by the writer's permutation.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from qatcli.errors import InputError
 from qatcli.formats import source
-from qatcli.formats.compare import READER, Tally
+from qatcli.formats.compare import READER, Tally, parts_of
 from qatcli.formats.contract import Verification
 from qatcli.formats.gguf_metadata import metadata_differences
 from qatcli.formats.gguf_model import rope_factors
@@ -43,7 +42,6 @@ _GEMMA_LEAVES = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_AT_A_TIME = 2**20  # values compared together: decoded, a value takes up to 40 bytes
 _ROPE = "rope_freqs.weight"  # equal to transformers' own factors by tests/qatcli/formats/test_gguf.py
 
 
@@ -111,7 +109,7 @@ def _compare_linear(checkpoint: PackedCheckpoint, name: str, found: GgufFile, ta
     order, wrong = file_rows(checkpoint, name + ".weight", len(linear.codes)), np.zeros(3, np.int64)
     try:
         rows = found.rows(target)
-        for part in _parts(linear.codes.shape):
+        for part in parts_of(linear.codes.shape):
             codes, zero_point, scale = linear.codes[part], linear.zero_point[part], linear.scale[part]
             expected = replace(linear, codes=codes, zero_point=zero_point, scale=scale)
             wrong += _differences(decode(entry.type_name, rows[order[part]]), expected, entry.type_name)
@@ -122,12 +120,6 @@ def _compare_linear(checkpoint: PackedCheckpoint, name: str, found: GgufFile, ta
         if count:
             kind.append(f"{name}: {count} values differ")
     return target
-
-
-def _parts(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of whole rows of a vector or matrix, `_AT_A_TIME` values each."""
-    rows = max(1, _AT_A_TIME // int(np.prod(shape[1:])))
-    return (slice(start, start + rows) for start in range(0, shape[0], rows))
 
 
 def _differences(found: Decoded, linear: source.Arrays, type_name: str) -> tuple[int, int, int]:
@@ -173,7 +165,7 @@ def _dense_difference(
     except InputError as error:
         return f"cannot be read: {error.message}"
     order = file_rows(checkpoint, name, len(tensor))
-    for part in _parts(shape):
+    for part in parts_of(shape):
         stored, values = rows[order[part]], tensor[part].float().numpy() + np.float32(offset)
         if wanted == "Q8_0":
             if not _is_eight_bit_rounding(decode("Q8_0", stored), values):

@@ -98,7 +98,7 @@ class _Trainer:
         per_epoch = len(text) // config.batch_size
         steps = config.epochs * per_epoch
         schedule = Schedule.of(steps, min_lr_factor=config.min_lr_factor, warmup=config.warmup)
-        groups = self._groups(schedule) if steps else []
+        groups = self._groups(schedule)
         if not any(group["peak"] for group in groups):
             loss = self.validate(self.dtype)
             return {"steps": 0, "before": loss, "after": loss, "backoffs": 0}

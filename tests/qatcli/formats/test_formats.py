@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qatcli.errors import InputError, QatError, VerificationError
-from qatcli.formats import FORMATS, ExportOptions, dense, require_passed, source
+from qatcli.formats import FORMATS, ExportOptions, compare, dense, require_passed, source
 from qatcli.formats.compare import TensorFiles
 from qatcli.packed import PackedCheckpoint, PackedWriter, QuantizedLinear
 from qatcli.shards import shard_map
@@ -229,7 +229,7 @@ def test_dense_weights_are_compared_in_parts(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "out").mkdir()
     save_file({LINEAR + ".weight": weight}, tmp_path / "out" / "model.safetensors")
     files = TensorFiles.open(tmp_path / "out")
-    monkeypatch.setattr(dense, "_ROWS", 30)
+    monkeypatch.setattr(compare, "AT_A_TIME", 30 * 512)
     tracemalloc.start()
     try:
         found = dense._read(checkpoint, torch.float16, {}, files, LINEAR)

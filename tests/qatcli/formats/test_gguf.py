@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qatcli.errors import QatError
-from qatcli.formats import FORMATS, ExportOptions, gguf_compare, gguf_model, source
+from qatcli.formats import FORMATS, ExportOptions, compare, gguf_model, source
 from qatcli.formats.gguf_readback import GgufFile, open_gguf
 from qatcli.formats.runtimes import run
 from qatcli.formats.runtimes.reference import reference
@@ -347,12 +347,12 @@ def test_fault_outside_the_linears_is_caught(packed: Packed, tmp_path: Path) -> 
 
 
 def test_linears_are_compared_in_parts(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_compare, "_AT_A_TIME", 1000)  # 15 rows of 64 columns
+    monkeypatch.setattr(compare, "AT_A_TIME", 1000)  # 15 rows of 64 columns
     FORMATS["gguf"].write(packed(2), tmp_path / "out", OPTIONS)
     assert FORMATS["gguf"].verify(packed(2), tmp_path / "out", OPTIONS).passed
     _overwrite(open_gguf(tmp_path / "out" / "model.gguf"), "blk.1.attn_q.weight", _swap_nibbles)
     (difference,) = FORMATS["gguf"].verify(packed(2), tmp_path / "out", OPTIONS).differences
-    monkeypatch.setattr(gguf_compare, "_AT_A_TIME", 2**20)
+    monkeypatch.setattr(compare, "AT_A_TIME", 2**20)
     assert (difference,) == FORMATS["gguf"].verify(packed(2), tmp_path / "out", OPTIONS).differences
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qatcli.formats import gguf_compare
+from qatcli.formats import compare, gguf_compare
 from qatcli.formats.gguf_readback import GgufFile, TensorEntry
 from qatcli.packed import PackedCheckpoint, PackedWriter
 
@@ -29,7 +29,7 @@ def test_a_large_tensor_is_compared_in_parts(tmp_path: Path, monkeypatch: pytest
     file, entry = tmp_path / "model.gguf", TensorEntry(kind, tuple(values.shape), 0, len(stored))
     file.write_bytes(stored)
     found = GgufFile(file, {}, {target: entry})
-    monkeypatch.setattr(gguf_compare, "_AT_A_TIME", 2**14)
+    monkeypatch.setattr(compare, "AT_A_TIME", 2**14)
     tracemalloc.start()
     try:
         assert gguf_compare._dense_difference(checkpoint, name, target, found, kind) is None

@@ -88,13 +88,12 @@ def test_the_reference_is_the_model_with_rounded_weights(
     np.testing.assert_array_equal(logits(dense_model(checkpoint)), logits(expected))
 
 
-def test_the_reference_of_a_family_whose_checkpoints_have_other_names(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    expected = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=61, **sizes)).eval()
-    expected.save_pretrained(tmp_path)
+def test_the_reference_of_a_family_whose_checkpoints_have_other_names(save_random_model: Callable[..., Path]) -> None:
+    folder = save_random_model("GPTNeoXConfig")
+    expected = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     settings = quantization_config({}, bits=4, group_size=32, symmetric=False, scale_dtype=torch.float16)
-    write_config(tmp_path, {**read_config(tmp_path), "quantization_config": settings})
-    found = dense_model(PackedCheckpoint.open(tmp_path))
+    write_config(folder, {**read_config(folder), "quantization_config": settings})
+    found = dense_model(PackedCheckpoint.open(folder))
     np.testing.assert_array_equal(logits(found), logits(expected))
 
 

@@ -196,19 +196,12 @@ def test_an_incomplete_checkpoint_names_the_tensor(random_llama: Path, tmp_path:
         open_blocks(open_source(str(tmp_path / "model")))
 
 
-def test_a_family_whose_tensors_are_renamed_on_loading_is_refused_at_once(tmp_path: Path) -> None:
-    config = transformers.MixtralConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+def test_a_family_whose_tensors_are_renamed_on_loading_is_refused_at_once(
+    save_random_model: Callable[..., Path],
+) -> None:
+    mixture = save_random_model("MixtralConfig", num_local_experts=2)
     with pytest.raises(InputError, match="has no tensor") as caught:
-        open_blocks(open_source(str(tmp_path)))
+        open_blocks(open_source(str(mixture)))
     assert "mixtures of experts" in str(caught.value.hint)
 
 
