@@ -12,6 +12,7 @@ anything else of Hugging Face, or a hub id
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,15 @@ def open_candidate(target: str, device: torch.device, *, keep: bool = False) -> 
         raise InputError(f"{path} holds a {kind}, not a model", hint="give another stage of the run, such as `pack`")
     if path.is_dir() and not (path / "config.json").is_file():
         path = _only_gguf(path)
-    if not path.is_dir():
-        return _dense(str(path), target, device, keep=keep)
-    quantization = read_config(path).get("quantization_config") or {}
-    if quantization.get("quant_method") == QUANT_METHOD:
-        return packed(target, path, device)
-    if any(name.endswith(CODES) for name in shard_map(path)):
-        kind = str(quantization.get("checkpoint_format") or quantization.get("quant_method") or "EfficientQAT")
-        return Candidate(
-            target, lambda: _import(path, device), lambda: load_tokenizer(path), path, f"{kind}, imported bit for bit"
-        )
-    return _dense(target, target, device, keep=keep)
+    if path.is_dir():
+        quantization = read_config(path).get("quantization_config") or {}
+        if quantization.get("quant_method") == QUANT_METHOD:
+            return packed(target, path, device)
+        if any(name.endswith(CODES) for name in shard_map(path)):
+            kind = str(quantization.get("checkpoint_format") or quantization.get("quant_method") or "EfficientQAT")
+            load = partial(_import, path, device), partial(load_tokenizer, path)
+            return Candidate(target, *load, path, f"{kind}, imported bit for bit")
+    return full_precision(open_source(str(path)), device, keep=keep, name=target)
 
 
 def _only_gguf(path: Path) -> Path:
@@ -60,15 +59,6 @@ def _only_gguf(path: Path) -> Path:
         found = f"{len(files)} GGUF files" if files else "neither config.json nor a GGUF file"
         raise InputError(f"{path} holds {found}", hint="give a model directory or one GGUF file")
     return files[0]
-
-
-def _dense(location: str, name: str, device: torch.device, *, keep: bool) -> Candidate:
-    """A model that transformers loads by itself."""
-    try:
-        source = open_source(location)
-    except InputError as error:  # says where a recipe names it
-        raise InputError(error.message.removeprefix("model.source "), hint=error.hint or _GIVE) from error
-    return full_precision(source, device, keep=keep, name=name)
 
 
 def _import(path: Path, device: torch.device) -> Any:

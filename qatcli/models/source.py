@@ -113,9 +113,9 @@ def fetching(repo: str) -> Iterator[None]:
     except Exception as error:  # the hub client raises a different class for every way a network fails
         if any(isinstance(each, HFValidationError) for each in (error, error.__cause__)):
             hint = "give the path of a folder or file that exists, or a name such as meta-llama/Llama-2-7b-hf"
-            raise InputError(f"model.source {repo} is neither a folder, a GGUF file nor a hub id", hint=hint) from error
+            raise InputError(f"{repo} is neither a folder, a GGUF file nor a hub id", hint=hint) from error
         raise InputError(
-            f"model.source {repo} could not be fetched from the hub: {error}",
+            f"{repo} could not be fetched from the hub: {error}",
             hint="check the name and the network, log in for gated models, or give a local folder",
         ) from error
 
@@ -123,14 +123,14 @@ def fetching(repo: str) -> Iterator[None]:
 def open_source(
     source: str, *, revision: str | None = None, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> ModelSource:
-    """Resolve `model.source` to a local directory. InputError when it cannot be had or holds no safetensors."""
+    """The model at a folder, a GGUF file or a hub id. InputError when it cannot be had or holds no safetensors."""
     path = Path(source)
     if not path.exists():
         path = _download(source, revision, gguf_file)
     elif gguf_file:
         path /= gguf_file
     elif path.is_file() and path.suffix != ".gguf":
-        raise InputError(f"model.source {source} is a file but not .gguf", hint="give a model folder or a GGUF file")
+        raise InputError(f"{source} is a file but not .gguf", hint="give a model folder or a GGUF file")
     gguf = None if path.is_dir() else path
     if gguf is not None:
         path = _convert_gguf(gguf)
