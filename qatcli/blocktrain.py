@@ -14,7 +14,7 @@ from qatcli.activations import in_order, read_batches
 from qatcli.gptq import error_feedback
 from qatcli.grid import ZeroPoints
 from qatcli.linear import FakeQuantLinear, replace_modules
-from qatcli.losses import normed_error, relative_error, squared_error
+from qatcli.losses import downstream_error, relative_error, squared_error
 from qatcli.models.blocks import run_block
 from qatcli.packed import ModuleQuant, QuantizedLinear
 from qatcli.recipe.schema import BlockApSection
@@ -123,10 +123,10 @@ def input_hessians(
 Error = Callable[[Tensor, Tensor], Tensor]  # of an output against its target, each [B, T, H]; per token, [B, T]
 
 
-def output_error(kind: str, gains: Tensor) -> Error:
-    """How `block_ap.loss` measures the error of a hidden state; `gains` [R, H] are those of the norms behind it."""
+def output_error(kind: str, readers: Tensor) -> Error:
+    """How `block_ap.loss` measures the error of a hidden state; `readers` [R, H] are what reads it."""
     errors: dict[str, Error] = {
-        "normed": partial(normed_error, gains=gains),
+        "downstream": partial(downstream_error, readers=readers),
         "relative": relative_error,
         "mse": squared_error,
     }

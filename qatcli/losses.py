@@ -48,17 +48,17 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     return (output.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(TINY)
 
 
-def normed_error(output: Tensor, target: Tensor, gains: Tensor) -> Tensor:
-    """The mean over R norms of each token's relative error behind them, fp32: [..., H] -> [...].
+def downstream_error(output: Tensor, target: Tensor, readers: Tensor) -> Tensor:
+    """The mean over R readers of each token's relative error as they read it, fp32: [..., H] -> [...].
 
-    gains [R, H] are squared (`qatcli.models.gains`); a norm divides error and target by the same number, which cancels.
-    In some models a few channels hold nearly all energy of every token and the norms scale them down: an error relative
-    to the energy in front of the norms sees little else.
+    readers [R, H] weigh the squares of the channels (`qatcli.models.readers`). Where a few channels hold nearly all
+    energy of every token, an error relative to it sees little else; some readers hardly see these channels.
     """
     with torch.autocast(output.device.type, enabled=False):
         target = target.float()
-        errors = (output.float() - target).square() @ gains.T
-        return (errors / (target.square() @ gains.T).clamp_min(TINY)).mean(-1)
+        energy = (target.square() @ readers.T).clamp_min(TINY)
+        weights = energy.reciprocal() @ readers / len(readers)  # [..., H]: so the gradient takes no product
+        return ((output.float() - target).square() * weights).sum(-1)
 
 
 class _TokenLoss(torch.autograd.Function):

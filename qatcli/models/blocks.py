@@ -47,17 +47,12 @@ class BlockModel:
         """Full module name of one block."""
         return f"{self.prefix}.{index}"
 
-    def load_block(self, index: int, device: torch.device, dtype: torch.dtype, *, linears: bool = True) -> nn.Module:
-        """A fresh copy of one block with its full-precision weights; without `linears` these are zero, and not read."""
+    def load_block(self, index: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """A fresh copy of one block with its full-precision weights."""
         block = copy.deepcopy(self._blocks()[index])
         prefix = self.block_name(index) + "."
-        empty = () if linears else tuple(self.linears(index))
-        state = {}
-        for name, skeleton in block.state_dict().items():
-            if (prefix + name).rpartition(".")[0] in empty:
-                state[name] = torch.zeros(skeleton.shape, device=device, dtype=dtype)
-        tensors = self.source.tensors(prefix + name for name in block.state_dict() if name not in state)
-        state |= {name.removeprefix(prefix): tensor.to(device, dtype) for name, tensor in tensors.items()}
+        tensors = self.source.tensors(prefix + name for name in block.state_dict())
+        state = {name.removeprefix(prefix): tensor.to(device, dtype) for name, tensor in tensors.items()}
         block.load_state_dict(state, assign=True)
         return block.to(device).eval()
 
@@ -123,6 +118,7 @@ class Record:
     def __init__(self) -> None:
         self.hidden: Tensor = torch.empty(0)
         self.arguments: dict[int, dict[str, Any]] = {}
+        self.passed_on: Tensor | None = None  # in place of what was given, if it is set
         self._tuples = False  # whether the model takes the first of what a block returns (GPT-J, Falcon)
 
     def forward_of(self, index: int) -> Any:
@@ -136,7 +132,8 @@ class Record:
             elif hidden_states.shape != self.hidden.shape:
                 raise _TakesTheFirst
             self.arguments[index] = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
-            return (hidden_states,) if self._tuples else hidden_states
+            output = hidden_states if self.passed_on is None else self.passed_on
+            return (output,) if self._tuples else output
 
         return forward
 

@@ -169,9 +169,9 @@ class BlockApSection(Section):
     """Passes over the training windows; 0 trains nothing and leaves the rounded model."""
     batch_size: Count = 2
     """Windows per optimizer step."""
-    loss: Literal["normed", "relative", "mse"] = "normed"
-    """`mse` on the block's output; `relative`, relative to each token's energy; `normed`, that behind the model's later
-    norms, the mean over them. Massive activations of some tokens or channels then do not hide the rest."""
+    loss: Literal["downstream", "relative", "mse"] = "downstream"
+    """`mse` on the block's output; `relative`, relative to each token's energy; `downstream`, relative as all later
+    linears read it, the mean over them. Massive activations of some tokens or channels then do not hide the rest."""
     lookahead: bool = True
     """Train for the mean of this error and of the one after the next block in full precision. Takes about 1.6 times
     as long."""

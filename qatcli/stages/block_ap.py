@@ -45,7 +45,7 @@ from qatcli.blocktrain import (
 from qatcli.data import load_windows
 from qatcli.errors import DivergedError, InputError
 from qatcli.models.blocks import BlockModel, open_blocks
-from qatcli.models.gains import gains_behind, stream_gains
+from qatcli.models.readers import readers_behind, stream_readers
 from qatcli.moments import input_moments, weight_errors
 from qatcli.packed import ModuleQuant, PackedCheckpoint
 from qatcli.progress import Bar
@@ -100,7 +100,7 @@ def run(job: Job) -> dict[str, Any]:
     train = _open_streams(job, model, "train", tokens, budget, dtype)
     held_out = _open_streams(job, model, "validation", held_out_tokens, budget, dtype)
     arguments = model.block_arguments(tokens.shape[1], job.device, torch.float32)
-    errors = _errors(config.loss, model, job.device)
+    errors = _errors(job, model)
     kept = finished_blocks(job.out)
 
     def full_precision(index: int, *, ahead: bool = False) -> _Block:
@@ -150,11 +150,14 @@ def run(job: Job) -> dict[str, Any]:
     return _metrics(job)
 
 
-def _errors(kind: str, model: BlockModel, device: torch.device) -> list[Error]:
-    """How the error of each block's output is measured; the model's norms are read only for the loss that asks them."""
-    none = [torch.empty(0, model.hidden_size, device=device)] * (len(model) + 1)
-    gains = stream_gains(model, device) if kind == "normed" else none
-    return [output_error(kind, gains_behind(gains, index)) for index in range(len(model))]
+def _errors(job: Job, model: BlockModel) -> list[Error]:
+    """How the error of each block's output is measured; the whole model is read only for the loss that asks it."""
+    kind = job.recipe.block_ap.loss
+    readers = [torch.empty(0, model.hidden_size, device=job.device)] * (len(model) + 1)
+    if kind == "downstream":
+        with job.log.progress("block-ap: what reads the hidden states", len(model)) as bar:
+            readers = stream_readers(model, job.device, progress=bar.advance)
+    return [output_error(kind, readers_behind(readers, index)) for index in range(len(model))]
 
 
 def _check_grids(job: Job, model: BlockModel) -> None:

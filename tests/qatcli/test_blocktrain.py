@@ -30,7 +30,7 @@ from qatcli.stepper import Stepper
 CPU = torch.device("cpu")
 HIDDEN, INNER, TOKENS = 32, 64, 6
 PREFIX = "model.layers.0"
-GAINS = torch.linspace(0.1, 3, 2 * HIDDEN).view(2, HIDDEN)  # of two norms behind the block
+READERS = torch.linspace(0.1, 3, 2 * HIDDEN).view(2, HIDDEN)  # of two linears behind the block
 
 
 class Block(nn.Module):
@@ -52,12 +52,12 @@ def make_windows(count: int, teacher: nn.Module) -> Windows:
         return Windows(inputs, teacher(inputs))
 
 
-def error(output: Tensor, target: Tensor, kind: str = "normed") -> float:
+def error(output: Tensor, target: Tensor, kind: str = "downstream") -> float:
     """The loss of an output, by its definition."""
     squares, powers = (output - target).square(), target.square()
     if kind == "mse":
         return float(squares.mean())
-    gains = GAINS if kind == "normed" else torch.ones_like(GAINS)
+    gains = READERS if kind == "downstream" else torch.ones_like(READERS)
     return float(((squares @ gains.T) / (powers @ gains.T)).mean())
 
 
@@ -84,7 +84,7 @@ class Setting:
     def run(self, *, seed: int = 0, **config: Any) -> BlockResult:
         settings = {"epochs": 3, "batch_size": 4, "amp": "float32", **config}
         return train_block(
-            self.objective(settings.get("loss", "normed")),
+            self.objective(settings.get("loss", "downstream")),
             self.students,
             self.train,
             self.held_out,
@@ -94,10 +94,10 @@ class Setting:
             device=CPU,
         )
 
-    def objective(self, kind: str = "normed") -> Objective:
-        return Objective(self.block, {}, [output_error(kind, GAINS)] * 2, self.following)
+    def objective(self, kind: str = "downstream") -> Objective:
+        return Objective(self.block, {}, [output_error(kind, READERS)] * 2, self.following)
 
-    def loss(self, kind: str = "normed") -> float:
+    def loss(self, kind: str = "downstream") -> float:
         """The loss on held-out windows, measured here."""
         with torch.no_grad():
             output = self.block(self.held_out.inputs)
@@ -107,7 +107,7 @@ class Setting:
         return {name: tensor.clone() for name, tensor in self.block.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", ["normed", "relative", "mse"])
+@pytest.mark.parametrize("kind", ["downstream", "relative", "mse"])
 @pytest.mark.parametrize("zero_points", ["any", "central", "middle"])
 def test_training_lowers_the_loss(kind: str, zero_points: ZeroPoints) -> None:
     setting = Setting(zero_points=zero_points)
@@ -415,5 +415,5 @@ def test_error_feedback_starts_closer_than_rounding_to_nearest() -> None:
         grids = {f"{PREFIX}.up": initial_grid(block.up.weight, bits=2, group_size=16, zero_points="any", method="mse")}
         hessians = input_hessians(block, PREFIX, list(quants), inputs, {}, CPU) if feedback else None
         build_student(block, PREFIX, quants, grids, zero_points="any", hessians=hessians)
-        losses.append(validation_loss(Objective(block, {}, [output_error("mse", GAINS)]), windows, 8, CPU))
+        losses.append(validation_loss(Objective(block, {}, [output_error("mse", READERS)]), windows, 8, CPU))
     assert losses[1] < 0.9 * losses[0]

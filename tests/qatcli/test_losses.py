@@ -11,7 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from qatcli.losses import (
     ROWS,
-    normed_error,
+    downstream_error,
     relative_error,
     squared_error,
     token_loss,
@@ -123,31 +123,38 @@ def test_relative_error_is_each_tokens_error_over_its_energy() -> None:
             assert float(found[row, position]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_normed_error_is_the_mean_of_relative_errors_behind_the_norms() -> None:
-    norms = [torch.nn.RMSNorm(5, eps=0) for _ in range(3)]
-    for norm in norms:
-        torch.nn.init.normal_(norm.weight)
+def test_downstream_error_is_the_mean_of_relative_errors_as_they_are_read() -> None:
+    gains = [torch.randn(5) for _ in range(3)]
+    readers = torch.stack([gain.square() for gain in gains])
     output, target = torch.randn(2, 3, 5), torch.randn(2, 3, 5) * 1000
-    gains = torch.stack([norm.weight.detach().square() for norm in norms])
-    expected = [relative_error(output * norm.weight, target * norm.weight) for norm in norms]
-    torch.testing.assert_close(normed_error(output, target, gains), torch.stack(expected).mean(0))
-    # Where both have the same energy the norms may as well be applied.
-    turned = target.flip(-1)
-    behind = [relative_error(norm(turned), norm(target)) for norm in norms]
-    torch.testing.assert_close(normed_error(turned, target, gains), torch.stack(behind).mean(0))
+    expected = [relative_error(output * gain, target * gain) for gain in gains]
+    torch.testing.assert_close(downstream_error(output, target, readers), torch.stack(expected).mean(0))
 
 
-def test_a_channel_that_norms_scale_down_hides_nothing_from_the_normed_error_alone() -> None:
+def test_downstream_error_of_channels_apart_is_what_linears_make_of_it() -> None:
+    """Columns that are orthogonal: the squares of the channels then add up in the outputs."""
+    norm, linear = torch.nn.RMSNorm(6), torch.nn.Linear(6, 9, bias=False)
+    torch.nn.init.normal_(norm.weight)
+    linear.weight.data = torch.linalg.qr(torch.randn(9, 6)).Q * torch.rand(6)
+    readers = (norm.weight.square() * linear.weight.square().sum(0))[None].detach()
+    target = torch.randn(4, 6)
+    output = target.roll(1, -1)  # of the same energy, which norms divide by
+    with torch.no_grad():
+        expected = relative_error(linear(norm(output)), linear(norm(target)))
+    torch.testing.assert_close(downstream_error(output, target, readers), expected)
+
+
+def test_a_channel_that_is_hardly_read_hides_nothing_from_the_downstream_error_alone() -> None:
     target = torch.randn(4, 6, 16)
     target[..., 3] = 100
-    gains = torch.ones(2, 16)
-    gains[:, 3] = 1e-4
+    readers = torch.ones(2, 16)
+    readers[:, 3] = 1e-4
     everywhere = target * 1.1
     elsewhere = everywhere.clone()
     elsewhere[..., 3] = target[..., 3]
     for error in (squared_error, relative_error):
         assert float(error(elsewhere, target).mean()) < 0.01 * float(error(everywhere, target).mean())
-    both = [float(normed_error(output, target, gains).mean()) for output in (elsewhere, everywhere)]
+    both = [float(downstream_error(output, target, readers).mean()) for output in (elsewhere, everywhere)]
     assert both[1] == pytest.approx(0.01, rel=1e-4)
     assert both[0] > 0.8 * both[1]
 
@@ -159,23 +166,27 @@ def test_a_token_of_huge_energy_hides_the_others_from_the_plain_mean_alone() -> 
     elsewhere = everywhere.clone()
     elsewhere[:, 0] = target[:, 0]
     assert float(squared_error(elsewhere, target).mean()) < 1e-6 * float(squared_error(everywhere, target).mean())
-    for found in (relative_error(elsewhere, target), normed_error(elsewhere, target, torch.rand(2, 32))):
+    for found in (relative_error(elsewhere, target), downstream_error(elsewhere, target, torch.rand(2, 32))):
         assert float(found.mean()) == pytest.approx(0.01 * 7 / 8, rel=1e-3)
 
 
 def test_errors_are_measured_in_fp32() -> None:
-    output, target, gains = torch.randn(3, 4, 8).bfloat16(), torch.randn(3, 4, 8).bfloat16(), torch.rand(2, 8)
+    output, target, readers = torch.randn(3, 4, 8).bfloat16(), torch.randn(3, 4, 8).bfloat16(), torch.rand(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        found = (squared_error(output, target), relative_error(output, target), normed_error(output, target, gains))
+        found = (
+            squared_error(output, target),
+            relative_error(output, target),
+            downstream_error(output, target, readers),
+        )
     o, t = output.double(), target.double()
     relative = (o - t).square().sum(-1) / t.square().sum(-1)
-    normed = torch.stack([((o - t).square() @ g) / (t.square() @ g) for g in gains.double()]).mean(0)
-    for ours, exact in zip(found, ((o - t).square().mean(-1), relative, normed), strict=True):
+    read = torch.stack([((o - t).square() @ r) / (t.square() @ r) for r in readers.double()]).mean(0)
+    for ours, exact in zip(found, ((o - t).square().mean(-1), relative, read), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, exact.float(), rtol=1e-4, atol=0)
 
 
 def test_errors_of_nothing_are_nothing() -> None:
     zeros = torch.zeros(1, 2, 8)
-    for found in (squared_error(zeros, zeros), relative_error(zeros, zeros), normed_error(zeros, zeros, zeros[0])):
+    for found in (squared_error(zeros, zeros), relative_error(zeros, zeros), downstream_error(zeros, zeros, zeros[0])):
         assert torch.equal(found, torch.zeros(1, 2))

@@ -43,7 +43,7 @@ def test_defaults_are_the_method_qat(minimal: dict[str, Any]) -> None:
     assert (recipe.quant.group_size, recipe.quant.init, recipe.quant.skip) == (64, "weighted", ("lm_head",))
     assert (recipe.calibrate.samples, recipe.calibrate.seq_len, recipe.calibrate.seed) == (4096, 2048, 2)
     block_ap, e2e_qp = recipe.block_ap, recipe.e2e_qp
-    assert (block_ap.loss, block_ap.rounding, block_ap.lr_units) == ("normed", "nearest", "reach")
+    assert (block_ap.loss, block_ap.rounding, block_ap.lr_units) == ("downstream", "nearest", "reach")
     rates = (block_ap.lr_weights, block_ap.lr_scales, block_ap.lr_zero_points, block_ap.lr_norms)
     assert rates == (0.5, 0.3, 0.0, 0.1)
     assert (block_ap.keep_best, block_ap.shuffle, block_ap.grad_clip) == (True, True, None)

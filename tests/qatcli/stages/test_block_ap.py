@@ -74,11 +74,18 @@ def outputs(model: Any, tokens: Tensor, replaced: dict[int, Tensor] | None = Non
     return found
 
 
-def normed_error(output: Tensor, target: Tensor, norms: list[nn.Module]) -> float:
-    """What `block_ap.loss: normed` is: the mean relative error behind norms, none of which turns or shifts anything."""
-    gains = [norm.weight.detach() for norm in norms]
-    errors = [((output - target) * gain).square().sum(-1) / (target * gain).square().sum(-1) for gain in gains]
+def downstream_error(output: Tensor, target: Tensor, readers: list[Tensor]) -> float:
+    """What `block_ap.loss: downstream` is: the mean relative error of the channels as readers weigh them."""
+    errors = [((output - target) * gain).square().sum(-1) / (target * gain).square().sum(-1) for gain in readers]
     return float(torch.stack(errors).mean())
+
+
+def what_reads(block: nn.Module) -> list[Tensor]:
+    """The norms of the columns of a block's linears, behind its own norms."""
+    attention, mlp = block.self_attn, block.mlp
+    linears = [(block.input_layernorm, each) for each in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    linears += [(block.post_attention_layernorm, each) for each in (mlp.gate_proj, mlp.up_proj)]
+    return [norm.weight.detach() * linear.weight.detach().norm(dim=0) for norm, linear in linears]
 
 
 @pytest.mark.parametrize("lookahead", [False, True])
@@ -90,14 +97,13 @@ def test_what_blocks_are_measured_against(
     model = AutoModelForCausalLM.from_pretrained(random_llama, dtype=torch.float32).eval()
     quantized = AutoModelForCausalLM.from_pretrained(job.out, dtype=torch.float32).eval()
     targets, students = outputs(model, held_out.tokens), outputs(quantized, held_out.tokens)
-    norms = [norm for block in model.model.layers for norm in (block.input_layernorm, block.post_attention_layernorm)]
-    norms.append(model.model.norm)
+    readers = [each for block in model.model.layers for each in what_reads(block)] + [model.model.norm.weight.detach()]
     expected = []
     for index, (student, target) in enumerate(zip(students, targets, strict=True)):
-        error = normed_error(student, target, norms[2 * (index + 1) :])
+        error = downstream_error(student, target, readers[5 * (index + 1) :])
         if lookahead and index + 1 < len(targets):
             after_next = outputs(model, held_out.tokens, {index + 1: student})[index + 1]
-            error = (error + normed_error(after_next, targets[index + 1], norms[2 * (index + 2) :])) / 2
+            error = (error + downstream_error(after_next, targets[index + 1], readers[5 * (index + 2) :])) / 2
         expected.append(error)
     assert [block["before"] for block in metrics["blocks"]] == pytest.approx(expected, rel=1e-4)
 
