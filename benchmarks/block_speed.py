@@ -286,8 +286,8 @@ def _train(
     held_out = Windows(setting.windows.inputs[:1], setting.windows.targets[:1])
     config = BlockApSection(epochs=epochs, batch_size=setting.batch, shuffle=False)
     common = {"zero_points": "any", "generator": torch.Generator(), "device": DEVICE, "progress": progress}
-    gains = torch.ones(2 * PAPER_BLOCKS + 1, held_out.inputs.shape[-1], device=DEVICE)  # a whole model's norms
-    objective = Objective(block, setting.arguments, [output_error(config.loss, gains)])
+    readers = torch.ones(5 * PAPER_BLOCKS + 1, held_out.inputs.shape[-1], device=DEVICE)  # a whole model's linears
+    objective = Objective(block, setting.arguments, [output_error(config.loss, readers)])
     arguments = (objective, students, setting.windows, held_out, config)
     return block, students, _timed(lambda: train_block(*arguments, **common))
 

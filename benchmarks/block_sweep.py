@@ -37,7 +37,7 @@ from qatcli.data import sample_windows
 from qatcli.grid import initial_grid
 from qatcli.losses import token_loss
 from qatcli.models.blocks import BlockModel, open_blocks
-from qatcli.models.gains import gains_behind, stream_gains
+from qatcli.models.readers import readers_behind, stream_readers
 from qatcli.models.source import open_source
 from qatcli.recipe import Recipe, load_recipe
 from qatcli.training import autocast, compute_dtype
@@ -53,7 +53,7 @@ class Setting:
     model: BlockModel
     network: Any
     arguments: list[dict[str, Any]]
-    gains: list[Tensor]
+    readers: list[Tensor]
     blocks: range
     inputs: tuple[Tensor, Tensor]
     targets: list[tuple[Tensor, Tensor]]
@@ -96,7 +96,7 @@ def _prepare(recipe: Recipe, blocks: range, device: torch.device) -> Setting:
     dtype = compute_dtype(recipe.block_ap.amp, device)
     hidden = model.hidden_size
     arguments = model.block_arguments(config.seq_len, device, torch.float32)
-    gains = stream_gains(model, device)
+    readers = stream_readers(model, device)
     flows = []
     for tokens in (windows.train, windows.validation):
         flows.append(torch.empty(*tokens.shape, hidden, dtype=dtype))
@@ -112,7 +112,7 @@ def _prepare(recipe: Recipe, blocks: range, device: torch.device) -> Setting:
             targets.append((flows[0].clone(), flows[1].clone()))
     network = source.load_model(torch.float32, device)
     setting = Setting(
-        model, network, arguments, gains, blocks, inputs, targets, windows.validation.long(), torch.empty(0), device
+        model, network, arguments, readers, blocks, inputs, targets, windows.validation.long(), torch.empty(0), device
     )
     return Setting(**{**vars(setting), "logits": _logits(setting, targets[-1][1])})
 
@@ -139,9 +139,10 @@ def _quantize(recipe: Recipe, setting: Setting) -> tuple[float, list[BlockResult
             hessians = input_hessians(block, prefix, list(quants), sample, arguments, device)
         students = build_student(block, prefix, quants, grids, zero_points=recipe.quant.zero_points, hessians=hessians)
         unseen = Windows(held_out, held_out_target)
+        error = output_error(recipe.block_ap.loss, readers_behind(setting.readers, index))
         results.append(
             train_block(
-                Objective(block, arguments, [output_error(recipe.block_ap.loss, gains_behind(setting.gains, index))]),
+                Objective(block, arguments, [error]),
                 students,
                 Windows(train, train_target),
                 unseen,
