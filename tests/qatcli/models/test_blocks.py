@@ -89,17 +89,6 @@ def test_the_blocks_of_odd_families_are_the_model_too(config_class: str, windows
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_a_block_without_its_linears_passes_its_input_through(family: Path, windows: Tensor) -> None:
-    model = open_blocks(open_source(str(family)))
-    whole, without = (model.load_block(1, CPU, FP32, linears=linears) for linears in (True, False))
-    for name, tensor in without.state_dict().items():
-        linear = isinstance(whole.get_submodule(name.rpartition(".")[0]), nn.Linear)
-        assert torch.equal(tensor, torch.zeros_like(tensor) if linear else whole.state_dict()[name])
-    hidden = torch.randn(1, windows.shape[1], model.hidden_size)
-    with torch.no_grad():
-        assert torch.equal(run_block(without, hidden, model.block_arguments(windows.shape[1], CPU, FP32)[1]), hidden)
-
-
 def test_no_parameter_stays_in_memory(family: Path, windows: Tensor) -> None:
     model = open_blocks(open_source(str(family)))
     assert all(parameter.is_meta for parameter in model.skeleton.parameters())
