@@ -78,8 +78,8 @@ def _received(block: nn.Module, arguments: dict[str, Any], probes: Sequence[Tens
 
 
 def _gains(received: Sequence[Tensor]) -> Tensor:
-    """Squared gains [H] of what stands between the probes and what was received of them."""
-    signs, nothing = (x.flatten(0, -2)[-1] for x in received)
+    """Squared gains [H] of what stands between the probes and what was received of the first and the last of them."""
+    signs, nothing = (received[at].flatten(0, -2)[-1] for at in (0, -1))
     return (signs - nothing).square()
 
 
