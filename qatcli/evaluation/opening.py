@@ -30,14 +30,14 @@ from qatcli.recipe.locations import is_local
 from qatcli.shards import shard_map
 
 MODEL_KINDS = ("calibration", "quantized", "packed", "exported")
-_GIVE = "give a model directory, a GGUF file, a hub id or a recipe"
 
 
 def open_candidate(target: str, device: torch.device, *, keep: bool = False) -> Candidate:
     """The model at `target`: a directory, a GGUF file or a hub id. InputError when it is none, or is damaged."""
     path = Path(target)
     if not path.exists() and is_local(target):
-        raise InputError(f"{target} does not exist", hint=_GIVE)
+        hint = "give a model directory, a GGUF file, a hub id or a recipe"
+        raise InputError(f"{target} does not exist", hint=hint)
     if (path / STAGE_FILE).is_file() and (kind := open_stage(path).kind) not in MODEL_KINDS:
         raise InputError(f"{path} holds a {kind}, not a model", hint="give another stage of the run, such as `pack`")
     if path.is_dir() and not (path / "config.json").is_file():

@@ -37,7 +37,8 @@ def stream_readers(
         progress()
     with model.prelude(device, torch.float32) as (base, record):
         outputs = []
-        for record.passed_on in probes:
+        for probe in probes:
+            record.passed_on = probe
             outputs.append(base(input_ids=torch.zeros(1, TOKENS, dtype=torch.long, device=device), use_cache=False)[0])
     readers.append(_stack([_gains(outputs)] if outputs[0].shape == probes[0].shape else [], probes[0]))
     return readers

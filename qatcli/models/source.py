@@ -185,7 +185,7 @@ def _download(repo: str, revision: str | None, gguf_file: str | None) -> Path:
 
 def _convert_gguf(file: Path) -> Path:
     if not file.is_file():
-        raise InputError(f"{file} does not exist")
+        raise InputError(f"{file} does not exist", hint="name a GGUF file that is there")
     if importlib.util.find_spec("gguf") is None:
         raise missing_extra("gguf", "gguf")
     target = converted(file)

@@ -57,8 +57,8 @@ def error(output: Tensor, target: Tensor, kind: str = "downstream") -> float:
     squares, powers = (output - target).square(), target.square()
     if kind == "mse":
         return float(squares.mean())
-    gains = READERS if kind == "downstream" else torch.ones_like(READERS)
-    return float(((squares @ gains.T) / (powers @ gains.T)).mean())
+    readers = READERS if kind == "downstream" else torch.ones_like(READERS)
+    return float(((squares @ readers.T) / (powers @ readers.T)).mean())
 
 
 class Setting:
