@@ -65,12 +65,19 @@ class Setting:
         """A copy whose linears train through fake quantization, and these linears."""
         block = copy.deepcopy(self.block)
         if not ON_GPU:
-            block.self_attn.config._attn_implementation = TILED_ATTENTION  # as `use_tiled_attention` for a whole model
+            attention: Any = block.get_submodule("self_attn")
+            attention.config._attn_implementation = TILED_ATTENTION  # as `use_tiled_attention` for a whole model
         quants, grids = {}, {}
         for name, linear in _linears(block).items():
             full = f"{PREFIX}.{name}"
             quants[full] = ModuleQuant(self.bits, self.group_size, linear.in_features, linear.out_features)
-            grids[full] = initial_grid(linear.weight.detach(), **self.grid, zero_points="any", method="minmax")
+            grids[full] = initial_grid(
+                linear.weight.detach(),
+                bits=self.bits,
+                group_size=self.group_size,
+                zero_points="any",
+                method="minmax",
+            )
         return block, build_student(block, PREFIX, quants, grids, zero_points="any", hessians=None)
 
     @property
@@ -285,11 +292,23 @@ def _train(
     block, students = setting.student()
     held_out = Windows(setting.windows.inputs[:1], setting.windows.targets[:1])
     config = BlockApSection(epochs=epochs, batch_size=setting.batch, shuffle=False)
-    common = {"zero_points": "any", "generator": torch.Generator(), "device": DEVICE, "progress": progress}
     readers = torch.ones(5 * PAPER_BLOCKS + 1, held_out.inputs.shape[-1], device=DEVICE)  # a whole model's linears
     objective = Objective(block, setting.arguments, [output_error(config.loss, readers)])
-    arguments = (objective, students, setting.windows, held_out, config)
-    return block, students, _timed(lambda: train_block(*arguments, **common))
+
+    def train() -> None:
+        train_block(
+            objective,
+            students,
+            setting.windows,
+            held_out,
+            config,
+            zero_points="any",
+            generator=torch.Generator(),
+            device=DEVICE,
+            progress=progress,
+        )
+
+    return block, students, _timed(train)
 
 
 def _packed_pass(block: nn.Module, window: Tensor, arguments: dict[str, Any]) -> None:

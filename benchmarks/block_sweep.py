@@ -127,7 +127,7 @@ def _quantize(recipe: Recipe, setting: Setting) -> tuple[float, list[BlockResult
         grids = {}
         for name, quant in quants.items():
             grids[name] = initial_grid(
-                block.get_submodule(name.removeprefix(prefix + ".")).weight.detach(),
+                block.get_parameter(f"{name.removeprefix(prefix + '.')}.weight").detach(),
                 bits=quant.bits,
                 group_size=quant.group_size,
                 zero_points=recipe.quant.zero_points,

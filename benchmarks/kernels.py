@@ -17,10 +17,11 @@ from __future__ import annotations
 import csv
 import datetime
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +153,7 @@ class Case:
     def fake_quant(self, bits: int) -> None:
         """Training: fp32 weights, and the dtype that the matrix product takes."""
         dtype = torch.bfloat16 if ON_GPU else torch.float32
-        grid = {"bits": bits, "group_size": self.group_size}
+        grid = self._grid(bits)
         weight = torch.randn(self.n, self.k, device=DEVICE)
         spread = weight.unflatten(1, (-1, self.group_size))
         scale = (spread.amax(-1) - spread.amin(-1)) / (2**bits - 1)
@@ -174,16 +175,19 @@ class Case:
         if ON_GPU:  # a graph holds kernels only; elsewhere autograd's own work is part of the time
             backend = dispatch.backend_for(weight)
             detached = [tensor.detach() for tensor in inputs]
-            calls = [lambda: backend.fake_quant_backward(seed, *detached, **grid)]
-            copied = {"copy of the weight": [lambda: weight.detach().clone()]}
-            self._row("fake_quant backward", bits, 0, calls, backward, 0, copied)
-        both = {"expression": [lambda: torch.autograd.grad(theirs(), inputs, seed)]}
-        calls = [lambda: torch.autograd.grad(ours(), inputs, seed)]
-        self._row("fake_quant forward + backward", bits, 0, calls, forward + backward, 0, both)
+            alone = partial(backend.fake_quant_backward, seed, *detached, **grid)
+            copied = {"copy of the weight": [weight.detach().clone]}
+            self._row("fake_quant backward", bits, 0, [alone], backward, 0, copied)
+
+        def trained(forward: Callable[[], Tensor]) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(forward(), inputs, seed)
+
+        both = {"expression": [trained(theirs)]}
+        self._row("fake_quant forward + backward", bits, 0, [trained(ours)], forward + backward, 0, both)
 
     def linear(self, bits: int, batches: list[int]) -> None:
         """A packed weight: dequantized, multiplied, differentiated."""
-        grid = {"bits": bits, "group_size": self.group_size}
+        grid = self._grid(bits)
         codes = torch.randint(0, 2**bits, (self.n, self.k), dtype=torch.uint8, device=DEVICE)
         packed = qat_kernels.pack(codes, bits=bits)
         groups = (self.n, self.k // self.group_size)
@@ -197,8 +201,8 @@ class Case:
         dense += [dense[0].clone() for _ in range(timing.copies(DEVICE, dense[0].nbytes) - 1)]
         size = packed.nbytes + scale.nbytes + zero_point.nbytes
 
-        copied = {"copy of the dense weight": [lambda d=d: d.clone() for d in dense]}
-        calls = [lambda w=w: qat_kernels.dequantize(*w, **shape) for w in weights]
+        copied = {"copy of the dense weight": [d.clone for d in dense]}
+        calls = [partial(qat_kernels.dequantize, *w, **shape) for w in weights]
         self._row("dequantize", bits, 0, calls, size + dense[0].nbytes, 0, copied)
         for count in batches:
             self._batch(bits, count, weights, prepared, dense)
@@ -208,28 +212,31 @@ class Case:
         self,
         bits: int,
         count: int,
-        weights: list[tuple[Tensor, ...]],
-        prepared: list[Tensor | None],
+        weights: Sequence[tuple[Tensor, ...]],
+        prepared: Sequence[Tensor | None],
         dense: list[Tensor],
     ) -> None:
-        grid = {"bits": bits, "group_size": self.group_size}
+        grid = self._grid(bits)
         shape = {**grid, "in_features": self.k, "dtype": ACTIVATIONS}
         x = torch.randn(count, self.k, device=DEVICE).to(ACTIVATIONS)
         size = sum(tensor.nbytes for tensor in weights[0]) + x.nbytes + count * self.n * x.itemsize
-        against: dict[str, Calls] = {f"dense {_short(ACTIVATIONS)}": [lambda d=d: F.linear(x, d) for d in dense]}
+        against: dict[str, Calls] = {f"dense {_short(ACTIVATIONS)}": [partial(F.linear, x, d) for d in dense]}
         if not ON_GPU:
-            half, x_half = dense[0].bfloat16(), x.bfloat16()
-            against["dense bf16"] = [lambda: F.linear(x_half, half)]
-        against["dequantize + dense"] = [lambda w=w: F.linear(x, qat_kernels.dequantize(*w, **shape)) for w in weights]
+            against["dense bf16"] = [partial(F.linear, x.bfloat16(), dense[0].bfloat16())]
+
+        def in_two(packed: tuple[Tensor, ...]) -> Tensor:
+            return F.linear(x, qat_kernels.dequantize(*packed, **shape))
+
+        against["dequantize + dense"] = [partial(in_two, w) for w in weights]
         calls = [
-            lambda w=w, p=p: qat_kernels.quantized_matmul(x, *w, **grid, prepared=p)
+            partial(qat_kernels.quantized_matmul, x, *w, **grid, prepared=p)
             for w, p in zip(weights, prepared, strict=True)
         ]
         with torch.no_grad():
             self._row("quantized_matmul", bits, count, calls, size, 2 * count * self.n * self.k, against)
 
-    def _gradients(self, bits: int, count: int, weights: list[tuple[Tensor, ...]], dense: list[Tensor]) -> None:
-        grid = {"bits": bits, "group_size": self.group_size}
+    def _gradients(self, bits: int, count: int, weights: Sequence[tuple[Tensor, ...]], dense: list[Tensor]) -> None:
+        grid = self._grid(bits)
         x = torch.randn(count, self.k, device=DEVICE).to(ACTIVATIONS)
         grad_out = torch.randn(count, self.n, device=DEVICE).to(ACTIVATIONS)
         packed, scale, zero_point = weights[0]
@@ -237,16 +244,18 @@ class Case:
         flops, size = 2 * count * self.n * self.k, packed.nbytes + scale.nbytes + zero_point.nbytes
         moved = size + x.nbytes + grad_out.nbytes
         name = _short(ACTIVATIONS)
-        calls = [lambda w=w: backend.input_grad(grad_out, *w, **grid, in_features=self.k) for w in weights]
-        against = {f"dense {name}": [lambda d=d: grad_out @ d for d in dense]}
+        calls = [partial(backend.input_grad, grad_out, *w, **grid, in_features=self.k) for w in weights]
+        against = {f"dense {name}": [partial(torch.matmul, grad_out, d) for d in dense]}
         self._row("input_grad", bits, count, calls, moved, flops, against)
-        calls = [lambda w=w: backend.scale_grad(grad_out, x, w[0], w[2], **grid) for w in weights]
-        self._row(
-            "scale_grad", bits, count, calls, moved, flops, {f"weight gradient {name}": [lambda: grad_out.t() @ x]}
-        )
+        calls = [partial(backend.scale_grad, grad_out, x, codes, zeros, **grid) for codes, _, zeros in weights]
+        against = {f"weight gradient {name}": [partial(torch.matmul, grad_out.t(), x)]}
+        self._row("scale_grad", bits, count, calls, moved, flops, against)
+
+    def _grid(self, bits: int) -> dict[str, Any]:
+        return {"bits": bits, "group_size": self.group_size}
 
     def _row(
-        self, operation: str, bits: int, batch: int, ours: Calls, size: int, flops: int, against: dict[str, Calls]
+        self, operation: str, bits: int, batch: int, ours: Calls, size: int, flops: int, against: Mapping[str, Calls]
     ) -> None:
         """Measure ours and the others in turns, so that a noisy machine disturbs all alike, and print."""
         best = dict.fromkeys(["ours", *against], float("inf"))

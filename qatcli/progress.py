@@ -1,7 +1,8 @@
 """How far a stage is: units done, time left, rates and memory, as a live view on a terminal or as plain lines.
 
 The time left is that of the units of this session, the latest weighing most, so it holds from the first finished unit
-on; a stage that knows how far it is inside a unit (`part`) gets an estimate before that.
+on; a stage that knows how far it is inside a unit (`part`) gets an estimate before that, from its second part on: the
+first also loads, compiles and warms up.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Bar:
     tokens_per_second: float | None = None
     unit_seconds: float | None = None
     started: float = field(init=False)
+    _first_part: tuple[float, float] | None = field(init=False, default=None)  # of the unit: when, and how much
     _part: float = field(init=False, default=0.0)
     _unit_started: float = field(init=False)
     _tokens_since: float = field(init=False)
@@ -56,22 +58,26 @@ class Bar:
         if units and not reused:
             self.unit_seconds = _mean(self.unit_seconds, (now - self._unit_started) / units)
         self.count += units
-        self._unit_started, self._part = now, 0.0
+        self._unit_started, self._first_part, self._part = now, None, 0.0
         self._update(now, detail, lr, tokens)
 
     def note(self, detail: str = "", *, part: float = 0.0, lr: float | None = None, tokens: int = 0) -> None:
         """Show figures without finishing a unit; `part` in [0, 1] is how much of the current unit is done."""
+        now = self.clock()
+        if part and self._first_part is None:
+            self._first_part = now, part
         self._part = part
-        self._update(self.clock(), detail, lr, tokens)
+        self._update(now, detail, lr, tokens)
 
     def left(self) -> float | None:
         """Seconds until the last unit is done, None as long as nothing is known."""
-        waited = self.clock() - self._unit_started
-        seconds = self.unit_seconds
+        now = self.clock()
+        waited, seconds = now - self._unit_started, self.unit_seconds
         if seconds is None:
-            if not self._part:
+            if self._first_part is None or self._part <= self._first_part[1]:
                 return None
-            seconds = waited / self._part
+            since, done = self._first_part
+            seconds = since - self._unit_started + (now - since) * (1 - done) / (self._part - done)
         return max(0.0, seconds * (self.total - self.count) - waited)
 
     def elapsed(self) -> float:

@@ -62,8 +62,10 @@ def case(name: str, stage: str, code: int, said: str) -> Callable[[Callable[[Pla
 
 def attempt(chain: Chain, bad: Case, folder: Path, model: Path) -> tuple[Done, list[str]]:
     """How the command ended on a bad input, and what is wrong about that."""
-    paths = (folder / name for name in ("run", "model", "text.jsonl", "outside", "recipe.yaml"))
-    place = Place(*paths, chain.reference)
+    run, source, text, outside, recipe = (
+        folder / name for name in ("run", "model", "text.jsonl", "outside", "recipe.yaml")
+    )
+    place = Place(run, source, text, outside, recipe, chain.reference)
     shutil.copytree(model, place.model)
     place.outside.mkdir()
     (place.outside / "precious").write_text("precious")
