@@ -147,7 +147,7 @@ def display(console: Console, *, quiet: bool) -> Iterator[Callable[[Bar], None]]
             if due() or bar.count >= bar.total:
                 left = bar.left()
                 eta = "" if left is None or bar.count >= bar.total else f" eta {duration(left)}"
-                console.print(f"{bar.title} {bar.count}/{bar.total}{eta} {bar.figures()}", markup=False)
+                console.print(f"{bar.title} {bar.count}/{bar.total}{eta} {bar.figures()}")
 
         yield line
 

@@ -38,7 +38,8 @@ class RunLog:
         console: Console | None = None,
         trackers: Sequence[Tracker] = (),
     ) -> None:
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        # Without markup: prompts, generated texts and paths are shown, and may hold what looks like a tag of rich.
+        self.console = console or Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self.verbosity = verbosity
         self._file = file
         self._trackers = trackers
@@ -69,18 +70,18 @@ class RunLog:
         for tracker in self._trackers:
             tracker.event(kind, fields)
         if self.verbosity > 0:
-            self.console.print(f"{kind}: " + " ".join(f"{k}={_short(v)}" for k, v in fields.items()), markup=False)
+            self.console.print(f"{kind}: " + " ".join(f"{k}={_short(v)}" for k, v in fields.items()))
 
     def say(self, text: str) -> None:
         """One line for the user."""
         if self.verbosity >= 0:
-            self.console.print(text, markup=False)
+            self.console.print(text)
 
     def warn(self, text: str) -> None:
         """One line that the user should not miss; also an event."""
         self.event("warning", text=text)
         if self.verbosity >= 0:
-            self.console.print(f"warning: {text}", markup=False)
+            self.console.print(f"warning: {text}")
 
     @contextmanager
     def progress(self, title: str, total: int, *, done: int = 0) -> Iterator[Bar]:

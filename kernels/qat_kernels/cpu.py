@@ -104,10 +104,8 @@ def quantized_matmul(
     rows, in_features = x.shape
     grid = {"bits": bits, "group_size": group_size}
     compiled = _compiled(packed, weights=packed.shape[0] * in_features)
-    if compiled is None:
-        return reference.quantized_matmul(x, packed, scale, zero_point, bits=bits, group_size=group_size)
-    if rows > FEW_ROWS or not _whole_units(in_features, group_size):
-        y = torch.empty(rows, packed.shape[0], dtype=x.dtype)
+    if compiled is None or rows > FEW_ROWS or not _whole_units(in_features, group_size):
+        y = x.new_empty(rows, packed.shape[0])
         for block in _blocks(packed.shape[0], in_features):
             weight = dequantize(
                 packed[block], scale[block], zero_point[block], **grid, in_features=in_features, dtype=x.dtype

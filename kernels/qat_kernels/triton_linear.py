@@ -122,6 +122,7 @@ def _dense_input_grad(
     """grad_out W with blocks of columns of W, so that no sum is cut: blocks of whole words and whole groups."""
     count, out_features = grad_out.shape
     out = torch.empty(count, in_features, dtype=grad_out.dtype, device=grad_out.device)
+    group_size = -1 if group_size == in_features else group_size  # a group for each row binds no columns together
     whole = 32 if group_size == -1 else math.lcm(32, group_size)
     block = _even(in_features, max(1, DENSE_ELEMENTS // (out_features * whole)) * whole, whole)
     for start in range(0, in_features, block):

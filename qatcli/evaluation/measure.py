@@ -99,9 +99,12 @@ def measure(
         "speed_protocol": conditions(device, **settings) if settings else None,
         "prompts": list(config.prompts),
     }
+    if base is not None:
+        _check_tokenizers(subjects, base)
     for subject in subjects:
         started = time.monotonic()
         log.say(f"eval: {subject.name}")
+        _warn_beyond_context(subject, config, log)
         found: dict[str, Any] = {"loaded_as": subject.candidate.loaded_as, "size": None, "speed": None}
         if settings:  # first, while nothing but the model is there
             found["speed"] = _speed(subject, device, settings, log)
@@ -116,6 +119,29 @@ def measure(
         if subject is not base:
             subject.release()
     return dict(finite(result))
+
+
+def _check_tokenizers(subjects: Sequence[Subject], base: Subject) -> None:
+    """InputError where a text has other tokens for a model than for the reference, before anything is measured."""
+    for subject in subjects:
+        for name, windows in subject.windows.items():
+            if not torch.equal(windows, base.windows[name]):
+                raise InputError(
+                    f"{subject.name} and {base.name} have different tokenizers: their distributions do not compare",
+                    hint="measure no divergence (leave out --against, or set eval.kl to false), or choose another "
+                    "full-precision model",
+                )
+
+
+def _warn_beyond_context(subject: Subject, config: EvalSection, log: RunLog) -> None:
+    """A model is measured on windows longer than its context, as asked, but not without a word."""
+    context = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    for text in config.perplexity:
+        if context and text.seq_len > context:
+            log.warn(
+                f"{subject.name} has a context of {context} tokens and is measured on windows of {text.seq_len} "
+                f"({text.name}): its perplexity would be lower with seq_len {context} or less"
+            )
 
 
 def _speed(subject: Subject, device: torch.device, settings: dict[str, int], log: RunLog) -> dict[str, Any]:
@@ -149,11 +175,6 @@ def _quality(
         protocol = {"perplexity": _digest(windows), "windows": list(windows.shape)}
         found["perplexity"][name] = kept(protocol, partial(_perplexity, subject, name, windows, device, dtype, log))
         if base is not None and subject is not base:
-            if not torch.equal(windows, base.windows[name]):
-                raise InputError(
-                    f"{subject.name} and {base.name} have different tokenizers: their distributions do not compare",
-                    hint="set eval.kl to false, or choose another full-precision model",
-                )
             apart = divergence(
                 _fast(subject, device, dtype), _fast(base, device, dtype), windows, device=device, dtype=dtype
             )

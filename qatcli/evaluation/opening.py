@@ -40,7 +40,7 @@ def open_candidate(target: str, device: torch.device, *, keep: bool = False) -> 
         raise InputError(f"{target} does not exist", hint=hint)
     if (path / STAGE_FILE).is_file() and (kind := open_stage(path).kind) not in MODEL_KINDS:
         raise InputError(f"{path} holds a {kind}, not a model", hint="give another stage of the run, such as `pack`")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not any(path.glob("*.safetensors")):
         path = _only_gguf(path)
     if path.is_dir():
         quantization = read_config(path).get("quantization_config") or {}
@@ -56,8 +56,8 @@ def open_candidate(target: str, device: torch.device, *, keep: bool = False) -> 
 def _only_gguf(path: Path) -> Path:
     files = sorted(path.glob("*.gguf"))
     if len(files) != 1:
-        found = f"{len(files)} GGUF files" if files else "neither config.json nor a GGUF file"
-        raise InputError(f"{path} holds {found}", hint="give a model directory or one GGUF file")
+        found = f"{len(files)} GGUF files" if files else "neither safetensors nor a GGUF file"
+        raise InputError(f"{path} holds {found}", hint="give a model directory with safetensors, or one GGUF file")
     return files[0]
 
 

@@ -33,7 +33,11 @@ class ModelOptions:
 
     def given(self) -> list[str]:
         """The options that were given, as they are written."""
-        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value not in (None, (), False)]
+        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if _given(value)]
+
+
+def _given(value: object) -> bool:
+    return not (value is None or value is False or value == ())
 
 
 def is_recipe(target: str) -> bool:
@@ -43,8 +47,9 @@ def is_recipe(target: str) -> bool:
 
 def section(options: ModelOptions) -> EvalSection:
     """The section; without texts and tasks, the perplexity of wikitext2. UsageError for what no recipe could say."""
-    if options.zero_shot is None and (options.data or options.limit):
-        raise UsageError(f"{'--data' if options.data else '--limit'} needs --zero-shot", hint="add --zero-shot paper")
+    for option, value in (("--data", options.data), ("--limit", options.limit)):
+        if options.zero_shot is None and value is not None:
+            raise UsageError(f"{option} needs --zero-shot", hint="add --zero-shot paper")
     if options.zero_shot is not None and not _tasks(options.zero_shot):
         raise UsageError("--zero-shot names no task", hint="`--zero-shot paper` is the usual five")
     texts = list(options.text) or ([] if options.zero_shot else ["wikitext2"])

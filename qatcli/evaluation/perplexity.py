@@ -55,11 +55,15 @@ def perplexity(
 
 @torch.no_grad()
 def divergence(model: Any, reference: Any, windows: Tensor, *, device: torch.device, dtype: torch.dtype) -> Divergence:
-    """Divergence of `model` from `reference` on the first windows of int [W, T]."""
+    """Divergence of `model` from `reference` on the first windows of int [W, T].
+
+    Over the tokens that both know: some tools pad the vocabulary of their checkpoints.
+    """
     losses, agreed = [], 0
     for window in windows[: max(DIVERGENCE_WINDOWS, -(-DIVERGENCE_TOKENS // windows.shape[1]))]:
-        ours = F.log_softmax(_logits(model, window[None], device, dtype)[0].float(), dim=-1)
-        theirs = F.log_softmax(_logits(reference, window[None], device, dtype)[0].float(), dim=-1)
+        logits = [_logits(each, window[None], device, dtype)[0].float() for each in (model, reference)]
+        known = min(each.shape[-1] for each in logits)
+        ours, theirs = (F.log_softmax(each[..., :known], dim=-1) for each in logits)
         losses.append(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).cpu())
         agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     kl = torch.cat(losses)

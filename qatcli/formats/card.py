@@ -12,7 +12,13 @@ from qatcli.packed import PackedCheckpoint
 RUNTIMES_HEADING = "## Which runtime runs this file"
 
 
-def model_card(checkpoint: PackedCheckpoint, format_name: str, deployments: list[Deployment]) -> str:
+def model_card(
+    checkpoint: PackedCheckpoint,
+    format_name: str,
+    deployments: list[Deployment],
+    *,
+    others: str = "All other tensors are in half precision.",
+) -> str:
     """README.md in Markdown with Hugging Face front matter."""
     config = checkpoint.config
     kinds = Counter((quant.bits, quant.group_size) for quant in checkpoint.modules.values())
@@ -34,7 +40,7 @@ Written by qat {__version__}, which quantizes by EfficientQAT (arXiv 2407.11062)
 |---|---|---|
 {rows}
 
-All other tensors are in half precision.
+{others}
 
 {RUNTIMES_HEADING}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from qatcli.errors import InputError, QatError, missing_extra
@@ -26,7 +27,8 @@ from qatcli.formats.gguf_compare import compare_file
 from qatcli.formats.gguf_tokenizer import add_tokenizer
 from qatcli.formats.layouts import gguf_blocks
 from qatcli.formats.runtimes import verify_in
-from qatcli.packed import PackedCheckpoint
+from qatcli.grid import ZeroPoints
+from qatcli.packed import ModuleQuant, PackedCheckpoint
 
 BITS = (2, 3, 4)
 RUNTIMES = ("gguf", "llama.cpp")
@@ -72,7 +74,8 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
             writer.write_tensor_data(tensor.make())
         writer.close()
         rows = deployment.gguf(FILE, set(types.values()))
-        (work / "README.md").write_text(model_card(checkpoint, "gguf", rows), encoding="utf-8")
+        others = f"Embeddings and head are {options.gguf_embedding}, norms and biases F32, other linears F16."
+        (work / "README.md").write_text(model_card(checkpoint, "gguf", rows, others=others), encoding="utf-8")
 
 
 def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
@@ -88,13 +91,19 @@ def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> V
 def refuse(checkpoint: PackedCheckpoint, _options: ExportOptions) -> None:
     """QatError for an architecture, or for rows and groups, that GGUF cannot carry whatever the integers."""
     gguf_model.with_defaults(checkpoint)
-    unfit = []
-    for name, quant in checkpoint.modules.items():
-        groups = 1 if quant.group_size < 0 else quant.in_features // quant.group_size
-        codes, zero_point = np.zeros((1, quant.in_features), np.uint8), np.zeros((1, groups), np.uint8)
-        if gguf_blocks.choose_type(codes, zero_point, bits=quant.bits) is None:
-            unfit.append(name)
+    unfit = [name for name, quant in checkpoint.modules.items() if likely_type(quant, "any", "auto") is None]
     source.refuse_if(unfit, "no block type of GGUF has such rows or groups", hint=_UNFIT)
+
+
+def likely_type(quant: ModuleQuant, zero_points: ZeroPoints, wanted: str) -> str | None:
+    """The block type that a linear gets, or one no smaller, by the zero points it may have; None where no type fits."""
+    if wanted in gguf_blocks.TYPES:
+        return wanted
+    middle = 1 << (quant.bits - 1)
+    groups = 1 if quant.group_size < 0 else quant.in_features // quant.group_size
+    zero_point = np.full((1, groups), {"any": 0, "central": middle - 1, "middle": middle}[zero_points], np.uint8)
+    codes = np.zeros((1, quant.in_features), np.uint8)
+    return gguf_blocks.choose_type(codes, zero_point, bits=quant.bits, exact=wanted == "exact")
 
 
 def block_types(checkpoint: PackedCheckpoint, wanted: str) -> dict[str, str]:
@@ -168,8 +177,7 @@ def _dense(checkpoint: PackedCheckpoint, name: str, file_name: str, embedding: s
         raise InputError(f"{name} has {tensor.ndim} dimensions; GGUF export knows vectors and matrices")
     if embedding == "Q8_0" and file_name in ("token_embd.weight", "output.weight") and shape[1] % 32 == 0:
         return Planned(file_name, _Q8_0, shape, tensor.numel() // 32 * 34, lambda: _eight_bit(checkpoint, name))
-    half = lambda: dense_values(checkpoint, name).astype(np.float16)  # noqa: E731
-    return Planned(file_name, _F16, shape, 2 * tensor.numel(), half)
+    return Planned(file_name, _F16, shape, 2 * tensor.numel(), lambda: _half(checkpoint, name))
 
 
 def dense_values(checkpoint: PackedCheckpoint, name: str) -> NDArray[np.float32]:
@@ -179,6 +187,13 @@ def dense_values(checkpoint: PackedCheckpoint, name: str) -> NDArray[np.float32]
     if name.endswith("norm.weight"):
         values = values + np.float32(gguf_model.architecture(checkpoint).norm_offset)
     return values if order is None else values[order]
+
+
+def _half(checkpoint: PackedCheckpoint, name: str) -> NDArray[np.float16]:
+    values: NDArray[np.float16] = source.cast(
+        name, torch.from_numpy(dense_values(checkpoint, name)), torch.float16
+    ).numpy()
+    return values
 
 
 def _eight_bit(checkpoint: PackedCheckpoint, name: str) -> NDArray[np.uint8]:

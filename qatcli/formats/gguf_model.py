@@ -72,7 +72,7 @@ def with_defaults(checkpoint: PackedCheckpoint) -> PackedCheckpoint:
     from transformers import AutoConfig
 
     row = architecture(checkpoint)
-    full = AutoConfig.for_model(**base_config(checkpoint)).to_dict()
+    full = AutoConfig.for_model(**base_config(checkpoint.config)).to_dict()
     config = {**full, **checkpoint.config}
     activation = config.get("hidden_activation") or config["hidden_act"]
     rope = rope_parameters(config)

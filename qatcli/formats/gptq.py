@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qatcli import __version__
 from qatcli.formats import deployment, readback, source
 from qatcli.formats.compare import Kind, Settings, TensorFiles, compare_directory
@@ -152,7 +154,7 @@ def _read(settings: Settings, files: TensorFiles, name: str) -> readback.Triple:
     if not bits or settings["desc_act"]:
         raise ValueError("the settings say that it is not quantized, or in another order of columns")
     qweight, qzeros, scales, g_idx = (files.array(f"{name}.{suffix}") for suffix in SUFFIXES)
-    if (g_idx != [k * len(scales) // len(g_idx) for k in range(len(g_idx))]).any():
+    if not np.array_equal(g_idx, np.arange(len(g_idx)) * len(scales) // len(g_idx)):
         raise ValueError("g_idx is not in order")
     minus_one = settings["checkpoint_format"] == "gptq"
     found = readback.gptq(qweight, qzeros, scales, bits=bits, stored_minus_one=minus_one)

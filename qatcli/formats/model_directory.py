@@ -70,7 +70,7 @@ def model_config(
 ) -> dict[str, Any]:
     """config.json of an export: the model's own, the dtype under both of its names, the quantization."""
     name = str(dtype).removeprefix("torch.")
-    config = {**source.base_config(checkpoint), "dtype": name, "torch_dtype": name}
+    config = {**source.base_config(checkpoint.config), "dtype": name, "torch_dtype": name}
     return {**config, "quantization_config": quantization} if quantization else config
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,11 +107,8 @@ def majority(checkpoint: PackedCheckpoint) -> tuple[int, int]:
 
 
 def dense_linears(checkpoint: PackedCheckpoint) -> list[str]:
-    """Linears of the model that are not quantized, the output head excluded. Builds the model without memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base_config(checkpoint)))
+    """Linears of the model that are not quantized, the output head excluded."""
+    model = skeleton(checkpoint.config)
     head = model.get_output_embeddings()
     return [
         name
@@ -120,9 +117,17 @@ def dense_linears(checkpoint: PackedCheckpoint) -> list[str]:
     ]
 
 
-def base_config(checkpoint: PackedCheckpoint) -> dict[str, Any]:
+def skeleton(config: Mapping[str, Any]) -> Any:
+    """The model that config.json describes, without memory for its weights and without its quantization."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**base_config(config)))
+
+
+def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json without our quantization_config."""
-    return {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def dense_tensor_names(checkpoint: PackedCheckpoint) -> list[str]:

@@ -18,6 +18,8 @@ import torch
 from qatcli.activations import AHEAD, SWEEP_BATCH, Place, StreamBudget
 from qatcli.data.corpus import BYTE_LIMIT
 from qatcli.evaluation.measure import BATCH_TOKENS
+from qatcli.formats.gguf import likely_type
+from qatcli.formats.layouts.gguf_blocks import TYPES
 from qatcli.packed import ModuleQuant
 from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
 from qatcli.recipe import DataSource, Recipe
@@ -283,11 +285,14 @@ def _export_bytes(s: Setting, name: str) -> int:
     rest = 2 * (s.model.total - _quantized(s.model))
     if name == "dense":
         return 2 * s.model.total
-    if name == "gguf":  # block types of 4 bits with scale and offset, or of 8
-        return rest + sum(
-            q.in_features * q.out_features * (5 if q.bits <= 4 else 9) // 8 for q in s.model.linears.values()
-        )
+    if name == "gguf":
+        return rest + sum(_gguf_bytes(s, quant) for quant in s.model.linears.values())
     return max(pack_bytes(s), rest)
+
+
+def _gguf_bytes(s: Setting, quant: ModuleQuant) -> int:
+    block = TYPES[likely_type(quant, s.recipe.quant.zero_points, s.recipe.export.gguf_type) or "Q8_0"]
+    return quant.in_features * quant.out_features * block.bytes // block.length
 
 
 def _text(sources: Sequence[DataSource]) -> Phase:

@@ -14,6 +14,7 @@ from qatcli import machine
 from qatcli.errors import QatError
 from qatcli.formats import FORMATS, ExportOptions, Format, deployment
 from qatcli.formats.contract import Deployment
+from qatcli.formats.gguf import likely_type
 from qatcli.packed import PackedCheckpoint
 from qatcli.plan import GIB, Need, bytes_in, libraries, need, setting
 from qatcli.plan.needs import Setting, pack_bytes
@@ -73,12 +74,14 @@ def make_plan(recipe: Recipe, device: torch.device, run_dir: Path) -> dict[str, 
 def runtimes(s: Setting) -> dict[str, list[Deployment]]:
     """Format -> who runs it, for every format that carries linears of these bits, sizes and groups."""
     checkpoint = PackedCheckpoint(Path(), s.model.config.to_dict(), s.model.linears, dict.fromkeys(s.model.names, ""))
-    symmetric = s.recipe.quant.zero_points == "middle"
+    zero_points, wanted = s.recipe.quant.zero_points, s.recipe.export.gguf_type
+    symmetric = zero_points == "middle"
+    gguf_types = {str(likely_type(quant, zero_points, wanted)) for quant in s.model.linears.values()}
     rows = {
         "gptq": deployment.gptq(checkpoint, symmetric=symmetric),
         "bitblas": deployment.bitblas(s.recipe.export.bitblas_zeros),
         "native": deployment.native(),
-        "gguf": deployment.gguf("model.gguf", set()),
+        "gguf": deployment.gguf("model.gguf", gguf_types),
         "awq": deployment.where_merged(checkpoint, deployment.awq()),
         "compressed-tensors": deployment.compressed_tensors(checkpoint, symmetric=symmetric),
         "dense": deployment.dense(),

@@ -6,7 +6,6 @@ missing is left out, what cannot be read becomes a problem that the page shows, 
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from qatcli.directory import LOG_FILE, STAGE_FILE, at_work
 from qatcli.errors import InputError
 from qatcli.events import Log, read_log
 from qatcli.expectations import check
+from qatcli.finite import finite
 from qatcli.inputs import read_json
 from qatcli.report.evaluation import evaluation, is_number, mapping
 
@@ -40,7 +40,7 @@ def collect(run_dir: Path, *, under_way: bool = False) -> dict[str, Any]:
     recipe, recipe_digest = _recipe(begun)
     measured = _evaluation(metrics["eval"], logs["eval"])
     stages = [stage for stage in stages if stage["name"] in CHAIN or stage["status"] != "waiting"]
-    return _finite(
+    return finite(
         {
             "format_version": FORMAT_VERSION,
             "qat": __version__,
@@ -201,12 +201,3 @@ def _no_run(run_dir: Path) -> InputError:
     below = sorted({str(log.parent) for log in logs if log.name in stages})
     hint = f"runs below it: {', '.join(below[:5])}" if below else "start one with `qat run RECIPE`"
     return InputError(f"{run_dir} is not a run directory: it holds no stage", hint=hint)
-
-
-def _finite(value: Any) -> Any:
-    """`value` as strict JSON can hold it: a number that is not finite is null."""
-    if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -88,6 +88,18 @@ def test_long_values_are_cut_on_the_screen(capsys: pytest.CaptureFixture[str]) -
     assert len(capsys.readouterr().err) < 150
 
 
+def test_what_looks_like_markup_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """A prompt, a generated text, a path: rich would drop the one and raise at the other."""
+    log = RunLog()
+    table = Table("text")
+    table.add_row("[b]bold[/b] [INST] hi [/INST]")
+    log.console.print(table)
+    log.say("runs/[v2]/pack")
+    shown = capsys.readouterr().err
+    assert "[b]bold[/b] [INST] hi [/INST]" in shown
+    assert "runs/[v2]/pack" in shown
+
+
 @pytest.mark.parametrize(("terminal", "widest"), [(False, NARROWEST), (True, 80)])
 def test_tables_have_room_where_there_is_no_terminal(terminal: bool, widest: int) -> None:
     console = Console(file=StringIO(), width=80, force_terminal=terminal, color_system=None, legacy_windows=False)

@@ -22,6 +22,7 @@ from qatcli.formats import readback
 from qatcli.formats.atomic import atomic_directory
 from qatcli.formats.compare import TensorFiles
 from qatcli.formats.importing.linears import CODES, KINDS, PARTS, Storage, read_linear, storage_of
+from qatcli.formats.source import skeleton
 from qatcli.packed import PackedWriter, QuantizedLinear, companion_files, quantization_config, read_config
 
 
@@ -75,13 +76,8 @@ def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _linear_sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every linear the architecture has; the model is built without memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain))
-    modules = ((name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    """(out_features, in_features) of every linear the architecture has."""
+    modules = ((name, m) for name, m in skeleton(config).named_modules() if isinstance(m, torch.nn.Linear))
     return {name: (module.out_features, module.in_features) for name, module in modules}
 
 

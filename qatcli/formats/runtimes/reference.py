@@ -87,11 +87,10 @@ def dense_model(checkpoint: PackedCheckpoint) -> Any:
     Loaded by transformers, which knows families whose checkpoints have other names than their modules (GPT-NeoX), and
     which takes the tensors as they are: every weight is in memory once.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.for_model(**source.base_config(checkpoint))
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config))
+    config = AutoConfig.for_model(**source.base_config(checkpoint.config))
+    kind = type(source.skeleton(checkpoint.config))
     state = {}
     for name in checkpoint.modules:
         linear = source.arrays(checkpoint, name)

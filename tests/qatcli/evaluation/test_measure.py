@@ -108,13 +108,7 @@ def test_windows_may_begin_with_the_first_token(tiny_llama: Path, config: EvalSe
 
 def test_windows_are_those_of_every_model(tiny_llama: Path, config: EvalSection, tmp_path: Path) -> None:
     """Another tokenizer makes another number of windows of the same text."""
-    other = tmp_path / "other"
-    shutil.copytree(tiny_llama, other)
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["th"] = vocabulary.pop("z")
-    tokenizer["model"]["merges"] = [["t", "h"]]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    other = _with_another_tokenizer_of(tiny_llama, tmp_path / "other")
     texts = tuple(text.model_copy(update={"windows": None}) for text in config.perplexity)
     config = config.model_copy(update={"perplexity": texts, "speed": None, "prompts": ()})
     found = compare([str(tiny_llama), str(other)], config, against=None, device=CPU, log=QUIET)
@@ -127,6 +121,46 @@ def test_windows_are_those_of_every_model(tiny_llama: Path, config: EvalSection,
         console.print(table)
     said = f"{counts[str(tiny_llama)]} windows ({tiny_llama.name}), {counts[str(other)]} windows (other) of 32 tokens"
     assert said in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def _with_another_tokenizer_of(model: Path, out: Path) -> Path:
+    """The same model, whose tokenizer has `th` for `z`."""
+    shutil.copytree(model, out)
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["th"] = vocabulary.pop("z")
+    tokenizer["model"]["merges"] = [["t", "h"]]
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return out
+
+
+def test_other_tokens_are_refused_before_anything_is_measured(
+    tiny_llama: Path, config: EvalSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = _with_another_tokenizer_of(tiny_llama, tmp_path / "other")
+    monkeypatch.setattr(measure, "_speed", lambda *_: pytest.fail("measured"))
+    with pytest.raises(InputError, match="have different tokenizers"):
+        _compare(other, tiny_llama, config)
+
+
+def test_a_padded_vocabulary_does_not_count(tiny_llama: Path, config: EvalSection, tmp_path: Path) -> None:
+    """Some tools round the number of embeddings up; no text has these tokens."""
+    padded = tmp_path / "padded"
+    shutil.copytree(tiny_llama, padded)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.resize_token_embeddings(model.config.vocab_size + 7)
+    model.save_pretrained(padded)
+    found = _compare(padded, tiny_llama, config.model_copy(update={"speed": None}))
+    assert found["models"][str(padded)]["divergence"]["tiny"]["mean_kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_windows_beyond_the_context_are_named(
+    save_tiny_llama: Callable[..., Path], config: EvalSection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = save_tiny_llama("short", max_position_embeddings=16)
+    config = config.model_copy(update={"speed": None, "prompts": ()})
+    compare([str(short)], config, against=None, device=CPU, log=RunLog())
+    assert "context of 16 tokens and is measured on windows of 32 (tiny)" in capsys.readouterr().err
 
 
 def test_full_precision_is_measured_once(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qatcli.directory import begin, commit
 from qatcli.errors import InputError
+from qatcli.evaluation import opening
 from qatcli.evaluation.opening import open_candidate
 from qatcli.evaluation.size import model_size, parameter_count
 from qatcli.formats import FORMATS, ExportOptions
@@ -111,8 +112,19 @@ def test_a_stage_without_a_model_is_refused(tmp_path: Path) -> None:
     assert "--from" not in str(caught.value.hint)
 
 
+def test_a_config_beside_a_gguf_file_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repositories of GGUF files often have one."""
+    opened: list[str] = []
+    monkeypatch.setattr(opening, "open_source", lambda target: opened.append(target))
+    monkeypatch.setattr(opening, "full_precision", lambda *_, **__: None)
+    for name in ("model.gguf", "config.json"):
+        (tmp_path / name).write_text("{}")
+    open_candidate(str(tmp_path), CPU)
+    assert opened == [str(tmp_path / "model.gguf")]
+
+
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"neither config\.json nor a GGUF file"):
+    with pytest.raises(InputError, match=r"neither safetensors nor a GGUF file"):
         open_candidate(str(tmp_path), CPU)
     with pytest.raises(InputError, match="does not exist"):
         open_candidate(str(tmp_path / "nothing"), CPU)

@@ -23,6 +23,11 @@ def test_nothing_asked_is_wikitext2() -> None:
     assert not found.kl
 
 
+def test_what_was_given_is_told_from_what_was_not() -> None:
+    assert ModelOptions().given() == []
+    assert ModelOptions(windows=0, limit=0, no_speed=True).given() == ["--windows", "--limit", "--no-speed"]
+
+
 def test_options_are_the_keys_of_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "wiki.raw").write_text("text")
     texts = (str(tmp_path / "wiki.raw"), "c4")
@@ -61,6 +66,7 @@ def test_tasks_alone_measure_no_text() -> None:
     ("options", "message"),
     [
         (ModelOptions(limit=3), "--limit needs --zero-shot"),
+        (ModelOptions(limit=0), "--limit needs --zero-shot"),
         (ModelOptions(data="."), "--data needs --zero-shot"),
         (ModelOptions(text=("nowhere.txt",)), "--text nowhere.txt: no such file or folder: /.*nowhere.txt$"),
         (ModelOptions(text=("",)), "--text : must not be empty"),

@@ -13,8 +13,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qatcli.errors import QatError
-from qatcli.formats import FORMATS, ExportOptions, compare, gguf_model, source
+from qatcli.formats import FORMATS, ExportOptions, compare, gguf, gguf_model, source
 from qatcli.formats.gguf_readback import GgufFile, open_gguf
+from qatcli.formats.layouts import gguf_blocks
 from qatcli.formats.runtimes import run
 from qatcli.formats.runtimes.reference import reference
 from qatcli.packed import PackedCheckpoint
@@ -206,6 +207,41 @@ def test_embeddings_in_8_bits(packed: Packed, tmp_path: Path) -> None:
     assert open_gguf(tmp_path / "out" / "model.gguf").tensors["token_embd.weight"].type_name == "Q8_0"
     assert FORMATS["gguf"].verify(packed(2), tmp_path / "out", options).passed
     assert not FORMATS["gguf"].verify(packed(2), tmp_path / "out", OPTIONS).passed
+
+
+def test_values_beyond_fp16_are_refused(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = packed(3)
+    tensor = type(checkpoint).tensor
+
+    def large(self: PackedCheckpoint, name: str) -> torch.Tensor:
+        return tensor(self, name).float() * (1e9 if "embed_tokens" in name else 1)
+
+    monkeypatch.setattr(type(checkpoint), "tensor", large)
+    with pytest.raises(QatError, match=r"embed_tokens\.weight has values beyond torch\.float16"):
+        FORMATS["gguf"].write(checkpoint, tmp_path / "out", OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_8_bits_are_carried_where_they_fit(tiny_llama: Path, pack: Packed, tmp_path: Path) -> None:
+    checkpoint = pack(tiny_llama, tmp_path / "packed", bits=8, symmetric=True)
+    FORMATS["gguf"].write(checkpoint, tmp_path / "out", OPTIONS)
+    assert open_gguf(tmp_path / "out" / "model.gguf").tensors["blk.0.attn_q.weight"].type_name == "Q8_0"
+    assert FORMATS["gguf"].verify(checkpoint, tmp_path / "out", OPTIONS).passed
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("wanted", ["auto", "exact", "Q8_0"])
+def test_what_a_plan_expects_is_written_or_more_than_is(
+    packed: Packed, bits: int, symmetric: bool, group_size: int, wanted: str
+) -> None:
+    checkpoint = packed(bits, symmetric=symmetric, group_size=group_size, skip=("down_proj",))
+    for name, written in gguf.block_types(checkpoint, wanted).items():
+        likely = gguf.likely_type(checkpoint.modules[name], "middle" if symmetric else "any", wanted)
+        expected, found = (gguf_blocks.TYPES[kind] for kind in (str(likely), written))
+        assert expected.bytes / expected.length >= found.bytes / found.length
+        assert likely == written or not symmetric, "in the middle nothing is left to the integers"
 
 
 def test_what_no_block_type_carries_is_refused(packed: Packed, tmp_path: Path) -> None:
