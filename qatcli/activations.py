@@ -19,7 +19,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +63,7 @@ class StreamBudget:
         if place == "device":
             return torch.empty(shape, dtype=dtype, device=self.device)
         if place == "host":
-            return torch.empty(shape, dtype=dtype) if self.device.type == "cpu" else _pinned(shape, dtype)
+            return torch.empty(shape, dtype=dtype) if self.device.type == "cpu" else _pinned(shape, dtype, self.device)
         return self._map_file(name, shape, dtype, size)
 
     def _map_file(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
@@ -136,16 +136,20 @@ def in_order(count: int, batch_size: int) -> tuple[Tensor, ...]:
 @contextmanager
 def write_back(stream: Tensor, device: torch.device) -> Iterator[Callable[[int, Tensor], None]]:
     """A function (start, values [B, T, H] on `device`) that puts rows into `stream`; all are there on leaving."""
-    side = None if _near(stream, device) else _side_stream(device)
+    if _near(stream, device):
+
+        def put(start: int, values: Tensor) -> None:
+            stream[start : start + len(values)] = values
+
+        yield put
+        return
+    side = _side_stream(device)
     pinned = device.type != "cpu" and stream.is_pinned()
     with ThreadPoolExecutor(1, "qat-write") as writer:
         pending: deque[Future[None]] = deque()
 
         def write(start: int, values: Tensor) -> None:
             rows = stream[start : start + len(values)]
-            if _near(stream, device):
-                rows.copy_(values)
-                return
             staged, done = values.to(stream.dtype), None
             if side is not None:
                 side.wait_stream(torch.cuda.current_stream(device))
@@ -278,11 +282,14 @@ class _PinnedMemory(mmap.mmap):
             torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
-def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialized host memory, pinned where the driver allows it; where not, copies take one step more."""
     size = math.prod(shape) * dtype.itemsize
     memory = _PinnedMemory(-1, size)
     stream = torch.frombuffer(memory, dtype=dtype).view(shape)
     if int(torch.cuda.cudart().cudaHostRegister(stream.data_ptr(), size, 1)) == 0:  # 1: in every CUDA context
         memory.address = stream.data_ptr()
+    else:
+        with suppress(RuntimeError):  # CUDA keeps the error for the next launch that asks: this one
+            torch.ones(1, device=device)
     return stream

@@ -20,6 +20,7 @@ from qatcli.errors import InputError
 from qatcli.linear import replace_modules
 from qatcli.models.blocks import BlockModel
 from qatcli.packed import (
+    DTYPE_KEYS,
     PACKED,
     SCALE,
     ZERO_POINT,
@@ -47,13 +48,20 @@ def block_file(directory: Path, index: int) -> Path:
 def save_block(
     directory: Path,
     index: int,
+    block: nn.Module,
     linears: dict[str, QuantizedLinear],
-    others: dict[str, Tensor],
     *,
+    prefix: str,
     log: RunLog,
     event: dict[str, Any],
 ) -> None:
-    """Write one block, its quantized linears and its other tensors (norms) by full name, and its `block` event."""
+    """Write one block and its `block` event: `linears` by full name, and what else `block` keeps (norms, buffers).
+
+    `prefix` is what the checkpoint's names of its tensors begin with.
+    """
+    quantized = tuple(f"{name}." for name in linears)
+    state = {prefix + name: tensor for name, tensor in block.state_dict().items()}
+    others = {name: tensor for name, tensor in state.items() if not name.startswith(quantized)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in others.items()}
     for name, linear in linears.items():
         packed = pack_linear(name, linear)
@@ -144,13 +152,15 @@ def load_quantized_block(
 
 def finish(directory: Path, model: BlockModel, quant: QuantSection) -> None:
     """Make the block files a complete packed checkpoint: the rest of the model, index, config.json, tokenizer."""
-    outside = model.outside_names()
-    save_tensors(directory / OUTSIDE, model.source.tensors(outside))
+    outside = model.source.tensors(model.outside_names())
+    save_tensors(directory / OUTSIDE, outside)
     modules: dict[str, ModuleQuant] = {}
     for index in range(len(model)):
         modules.update(block_quants(model, index, quant))
     index_shards(directory, sorted(directory.glob("model-*.safetensors")))
     config = read_config(model.source.path)
+    if not any(config.get(key) for key in DTYPE_KEYS):  # what is not trained keeps its dtype, and pack goes by it
+        config[DTYPE_KEYS[0]] = str(max(outside.values(), key=Tensor.numel).dtype).removeprefix("torch.")
     config["quantization_config"] = quantization_config(
         modules,
         bits=quant.bits,

@@ -234,7 +234,8 @@ def export_students(students: dict[str, FakeQuantLinear]) -> dict[str, Quantized
 def _compiled(device: torch.device, choice: bool | None) -> Callable[..., Tensor]:
     """`run_block`, compiled where the recipe says so. Not on a CPU by itself: a step of SmolLM2 took 10 % longer."""
     wanted = device.type == "cuda" if choice is None else choice
-    return torch.compile(run_block) if wanted else run_block
+    # Not dynamic: a resumed run meets the batches of other sizes in another order, and has to get the same kernels.
+    return torch.compile(run_block, dynamic=False) if wanted else run_block
 
 
 def _batches(count: int, size: int, shuffle: bool, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from qatcli.expectations import check
 from qatcli.inputs import read_json
 from qatcli.recipe import Recipe, load_recipe, recipe_name, untrained_gptq
 from qatcli.runlog import RunLog, duration, wide
-from qatcli.stages import choose_device, run_stage
+from qatcli.stages import choose_device, require_room, run_stage
 
 CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")
 RESTART = "restart.json"  # in a run directory: the digests of the results that a `qat run --restart` replaces
@@ -124,6 +124,7 @@ def run_all(
     recipe, run_dir, log = _begin(recipe_file, overrides, run_dir, verbosity)
     done: dict[str, StageDirectory] = {}
     replaced = _replaced(run_dir, restart=restart)
+    require_room([stage for stage in CHAIN if restart or not (run_dir / stage).is_dir()], recipe, run_dir, device)
     try:
         for stage in CHAIN:
             digest = recorded_digest(run_dir / stage)

@@ -36,6 +36,7 @@ COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
     *("generation_config.json", "chat_template*", "*.tiktoken"),
 )
+DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json: transformers 5's, and what other readers know
 CODE = "*.py"  # of a model whose configuration says that it has its own (model.trust_remote_code)
 
 

@@ -43,6 +43,11 @@ class BlockModel:
         modules = self._blocks()[index].named_modules()
         return {f"{self.block_name(index)}.{name}": m for name, m in modules if isinstance(m, nn.Linear)}
 
+    def other_linears(self) -> list[str]:
+        """Full names of the linears that stand in no block, such as the output layer."""
+        modules = self.skeleton.named_modules()
+        return [name for name, m in modules if isinstance(m, nn.Linear) and not name.startswith(self.prefix + ".")]
+
     def block_name(self, index: int) -> str:
         """Full module name of one block."""
         return f"{self.prefix}.{index}"
@@ -139,11 +144,28 @@ class Record:
 
     @torch.no_grad()
     def learn(self, base: nn.Module, device: torch.device) -> None:
-        """Find out, on two tokens, what the model takes for a block's output."""
+        """Find out, on two tokens, what the model takes for a block's output. InputError when what it passes to blocks
+        for one sequence cannot be passed for several."""
+        one, two = (torch.zeros(count, 2, dtype=torch.long, device=device) for count in (1, 2))
         try:
-            base(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+            base(input_ids=one, use_cache=False)
         except _TakesTheFirst:
             self._tuples = True
+            base(input_ids=one, use_cache=False)
+        alone = self._rows()
+        base(input_ids=two, use_cache=False)
+        for (name, rows), together in zip(alone, self._rows(), strict=True):
+            if (rows, together[1]) != (1, 2) and rows != together[1]:
+                raise InputError(
+                    f"blocks receive `{name}` with {rows} rows for one sequence and {together[1]} for two; unsupported "
+                    "model"
+                )
+
+    def _rows(self) -> list[tuple[str, int]]:
+        """Name and length of every tensor that was passed to blocks."""
+        given = ((name, value) for arguments in self.arguments.values() for name, value in arguments.items())
+        parts = ((name, part) for name, value in given for part in (value if isinstance(value, tuple) else (value,)))
+        return [(name, len(part)) for name, part in parts if isinstance(part, Tensor) and part.ndim]
 
 
 class _TakesTheFirst(Exception):

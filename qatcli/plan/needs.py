@@ -213,10 +213,8 @@ def evaluate(s: Setting) -> list[Phase]:
     full = model.total * stored
     packed = full + _quantized(model) * (dtype.itemsize - stored) if s.on_cpu else pack_bytes(s)
     rounded = FP32 * model.total if "round_to_nearest" in config.baselines else 0
-    models = {
-        "full precision": full if config.kl or "full_precision" in config.baselines else 0,
-        "measured model": max(packed, rounded),
-    }
+    alone = full if "full_precision" in config.baselines and not config.kl else 0
+    models = {"full precision": full if config.kl else 0, "measured model": max(packed, rounded, alone)}
     work = 0
     for text in config.perplexity:
         batch = max(1, BATCH_TOKENS // text.seq_len)
@@ -262,7 +260,7 @@ def disk_bytes(s: Setting, stage: str, variant: str = "") -> int:
     if stage == "export":
         return _export_bytes(s, variant)
     training = sum(packed_bytes(q, scale=FP32) for q in model.linears.values())
-    training += (model.total - _quantized(model)) * model.dtype.itemsize
+    training += FP32 * (model.total - _quantized(model) - model.outside) + model.dtype.itemsize * model.outside
     if stage == "calibrate":
         windows = (recipe.calibrate.samples + recipe.calibrate.validation_samples) * recipe.calibrate.seq_len
         return training + 4 * windows

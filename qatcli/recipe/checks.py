@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from qatcli.errors import RecipeError
@@ -204,3 +205,23 @@ def check_group_sizes(recipe: Recipe, in_features: Mapping[str, int]) -> None:
     fitting = [str(size) for size in range(8, common + 1) if common % size == 0]
     hint = f"set quant.group_size to one of {', '.join([*fitting, '-1'])}, or quant.overrides for these layers"
     raise RecipeError("\n".join(lines), hint=hint)
+
+
+def check_patterns(recipe: Recipe, in_blocks: Collection[str], others: Collection[str]) -> None:
+    """Raise RecipeError for a pattern of `quant` that no linear of the model has: it would do nothing, without a word.
+
+    `in_blocks` are the names of the linears that are quantized where nothing is said, `others` those outside of blocks,
+    which `quant.skip` may name; its default names one that not all models have.
+    """
+    default = type(recipe.quant).model_fields["skip"].default
+    skips = [(f"quant.skip.{i}", each) for i, each in enumerate(recipe.quant.skip) if each not in default]
+    overrides = [(f"quant.overrides.{i}.pattern", each.pattern) for i, each in enumerate(recipe.quant.overrides)]
+    lines = [
+        f"{key}: `{pattern}` matches no linear of the model"
+        for patterns, names in ((overrides, in_blocks), (skips, {*in_blocks, *others}))
+        for key, pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if lines:
+        known = ", ".join(sorted(in_blocks)[:3])
+        raise RecipeError("\n".join(lines), hint=f"patterns are of whole names (`*.down_proj`), such as {known}")

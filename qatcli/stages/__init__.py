@@ -135,6 +135,15 @@ def run_stage(
         return _run(name, stage, Job(recipe, given, partial, run_dir, log, chosen, variant), path, identity)
 
 
+def require_room(names: Iterable[str], recipe: Recipe, run_dir: Path, device: str | None) -> None:
+    """ResourceError when one of these stages cannot run on this machine: said before the hours of those in front."""
+    from qatcli.plan import require
+
+    chosen = choose_device(device)
+    for name in names:
+        require(recipe, name, "", device=chosen, out=run_dir / f"{name}.partial")
+
+
 def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]) -> StageDirectory:
     run = importlib.import_module(f"qatcli.stages.{stage.module}").run
     trackers = open_trackers(job.recipe.track, job.run_dir, f"{name}-{job.variant}" if job.variant else name)

@@ -222,14 +222,12 @@ def _train(
             f"block {index} has no finite loss on the held-out windows, before training or after",
             hint="set block_ap.amp to bfloat16, or to float32 where the device has no bfloat16",
         )
-    state = block.module.state_dict()  # with the buffers that the checkpoint keeps
-    others = {f"{prefix}.{n}": t for n, t in state.items() if f"{prefix}.{n.rpartition('.')[0]}" not in quants}
     trained = export_students(students)
     # Against the weights as they were: those of the block are the trained ones now.
     rounding_errors = weight_errors(model.load_block(index, job.device, torch.float32), prefix, trained, block.moments)
     seconds = round(time.monotonic() - started, 3)
     event = {**asdict(result), "relative_error": rounding_errors, "seconds": seconds}
-    save_block(job.out, index, trained, others, log=job.log, event=event)
+    save_block(job.out, index, block.module, trained, prefix=f"{prefix}.", log=job.log, event=event)
     if result.backoffs:
         job.log.warn(f"block {index}: non-finite loss or gradient {result.backoffs} times; best iterate kept")
     return event

@@ -23,16 +23,20 @@ from qatcli.blockfiles import block_quants, finish, finished_blocks, save_block
 from qatcli.data import check_source, load_windows, sample_windows, save_windows
 from qatcli.data.store import FILE as WINDOWS
 from qatcli.directory import write_json
+from qatcli.errors import InputError
 from qatcli.grid import initial_grid, relative_error
+from qatcli.inputs import read_json
 from qatcli.memory import release_memory
 from qatcli.models.blocks import BlockModel, open_blocks
+from qatcli.models.source import ModelSource
 from qatcli.moments import input_moments
 from qatcli.packed import ModuleQuant, QuantizedLinear
-from qatcli.recipe import check_group_sizes
+from qatcli.recipe import check_group_sizes, check_patterns
 from qatcli.recipe.schema import QuantSection
 from qatcli.stages import Job, open_model
 from qatcli.training import compute_dtype
 
+MODEL = "resume.model.json"  # the model that windows and blocks are of; removed once the stage is committed
 WORST = 10  # layers that the metrics list by name
 
 
@@ -44,9 +48,13 @@ def run(job: Job) -> dict[str, Any]:
     model = open_blocks(source)
     use_tiled_attention(model.skeleton, job.device)
     quants = [block_quants(model, index, recipe.quant) for index in range(len(model))]
+    in_blocks = [name for index in range(len(model)) for name in model.linears(index)]
+    check_patterns(recipe, in_blocks, model.other_linears())
     check_group_sizes(recipe, {name: q.in_features for block in quants for name, q in block.items()})
 
-    if not (job.out / WINDOWS).is_file():
+    if (job.out / WINDOWS).is_file():
+        _refuse_another_model(job.out, source)
+    else:
         tokenizer = source.tokenizer()
         for data in recipe.e2e_qp.data or ():
             check_source(data, tokenizer)  # now, and not after the hours of block-ap
@@ -58,6 +66,7 @@ def run(job: Job) -> dict[str, Any]:
             seq_len=config.seq_len,
             seed=config.seed,
         )
+        write_json(job.out / MODEL, {"fingerprint": source.fingerprint})
         save_windows(job.out, windows)
         release_memory()  # the text and its tokens
     train, _ = load_windows(job.out)
@@ -82,6 +91,15 @@ def run(job: Job) -> dict[str, Any]:
         "data_digest": data["digest"],
         "model_fingerprint": source.fingerprint,
     }
+
+
+def _refuse_another_model(out: Path, source: ModelSource) -> None:
+    """InputError when the blocks that an interrupted run left in `out` are of other weights."""
+    if (out / MODEL).is_file() and read_json(out / MODEL)["fingerprint"] != source.fingerprint:
+        raise InputError(
+            f"the model at {source.path} is not the one that the unfinished run in {out} began with",
+            hint="put that model back to continue, or use --restart",
+        )
 
 
 def _blocks_with_moments(job: Job, model: BlockModel, windows: Tensor) -> Any:
@@ -130,7 +148,5 @@ def _round_block(
         codes = quantize(weight, scale, zero_point, **shape)
         linears[name] = QuantizedLinear(codes, scale, zero_point.to(torch.uint8), **shape, bias=linear.bias)
         errors[name] = relative_error(weight, scale, zero_point, **shape, moment=moment)
-    quantized = tuple(f"{name}." for name in quants)
-    others = {prefix + n: t for n, t in block.state_dict().items() if not (prefix + n).startswith(quantized)}
-    save_block(job.out, index, linears, others, log=job.log, event={"relative_error": errors})
+    save_block(job.out, index, block, linears, prefix=prefix, log=job.log, event={"relative_error": errors})
     return errors

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,21 +78,17 @@ def trained_parameters(student: nn.Module, config: E2eQpSection) -> dict[str, nn
     return found
 
 
+@dataclass(frozen=True)
 class _Trainer:
     """The loop and its state: what has to survive an interruption is exactly what `_save` writes."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        trained: dict[str, nn.Parameter],
-        config: E2eQpSection,
-        held_out: Windows,
-        dtype: torch.dtype,
-        job: Job,
-    ) -> None:
-        self.student, self.teacher, self.trained, self.config = student, teacher, trained, config
-        self.held_out, self.dtype, self.job = held_out, dtype, job
+    student: nn.Module
+    teacher: nn.Module | None
+    trained: dict[str, nn.Parameter]
+    config: E2eQpSection
+    held_out: Windows
+    dtype: torch.dtype
+    job: Job
 
     def train(self, text: Windows) -> dict[str, Any]:
         config, log = self.config, self.job.log
@@ -120,7 +117,7 @@ class _Trainer:
                 if made == steps or made % config.checkpoint_every == 0:
                     held_out = self.validate(stepper.dtype)
                     log.event("validation", step=made, loss=held_out)
-                    stepper.offer(held_out, always=not config.keep_best)
+                    stepper.offer(held_out, always=not config.keep_best and math.isfinite(held_out))
                     self._save(stepper, made, before)
                 detail, group = f"loss {loss:.4f} held-out {stepper.best_loss:.4f}", stepper.optimizer.param_groups[0]
                 bar.advance(detail=detail, lr=group["lr"], tokens=config.batch_size * text.tokens.shape[1])

@@ -15,12 +15,10 @@ import torch
 
 from qatcli.casting import all_finite
 from qatcli.errors import VerificationError
-from qatcli.packed import PACKED, SCALE, ZERO_POINT, PackedCheckpoint, write_config
+from qatcli.packed import DTYPE_KEYS, PACKED, SCALE, ZERO_POINT, PackedCheckpoint, write_config
 from qatcli.shards import ShardWriter
 from qatcli.sizes import bits_per_weight
 from qatcli.stages import Job
-
-DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json: transformers 5's, and what other readers know
 
 
 def run(job: Job) -> dict[str, Any]:

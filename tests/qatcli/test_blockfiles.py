@@ -61,8 +61,9 @@ def test_what_is_saved_is_what_runs(tmp_path: Path, linear: QuantizedLinear) -> 
         "norm.bias": torch.randn(32),
         "layer_scalar": torch.tensor([2.5]),
     }
-    named = {f"model.layers.1.{key}": value for key, value in others.items()}
-    save_block(tmp_path, 1, {name: linear}, named, log=RunLog(), event={})
+    trained = Router()
+    trained.load_state_dict(others, strict=False)
+    save_block(tmp_path, 1, trained, {name: linear}, prefix="model.layers.1.", log=RunLog(), event={})
     block = load_quantized_block(tmp_path, model, 1, {name: module_quant(linear)}, torch.device("cpu"))
 
     expected = Router()
@@ -75,11 +76,13 @@ def test_what_is_saved_is_what_runs(tmp_path: Path, linear: QuantizedLinear) -> 
 
 def test_a_block_file_is_a_shard_of_a_packed_checkpoint(tmp_path: Path, linear: QuantizedLinear) -> None:
     name = "model.layers.7.gate"
-    save_block(tmp_path, 7, {name: linear}, {"model.layers.7.norm.weight": torch.ones(32)}, log=RunLog(), event={})
+    save_block(tmp_path, 7, Router(), {name: linear}, prefix="model.layers.7.", log=RunLog(), event={})
     assert [file.name for file in tmp_path.iterdir()] == ["model-block-0007.safetensors"]
     tensors = load_tensors(block_file(tmp_path, 7))
     suffixes = ("weight_packed", "weight_scale", "weight_zero_point", "bias")
-    assert set(tensors) == {f"{name}.{suffix}" for suffix in suffixes} | {"model.layers.7.norm.weight"}
+    others = ("gate_proj.weight", "norm.weight", "norm.bias", "layer_scalar")
+    expected = {f"{name}.{suffix}" for suffix in suffixes} | {f"model.layers.7.{other}" for other in others}
+    assert set(tensors) == expected
     _, scale, zero_point = read_linear(tensors, name, module_quant(linear))
     assert torch.equal(scale, linear.scale)
     assert torch.equal(zero_point, linear.zero_point)
@@ -89,7 +92,8 @@ def test_a_block_is_kept_if_it_is_as_it_was_written(tmp_path: Path, linear: Quan
     log = RunLog(tmp_path / LOG_FILE)
     for index in range(4):
         name = f"model.layers.{index}.gate"
-        save_block(tmp_path, index, {name: linear}, {}, log=log, event={"after": float(index)})
+        event = {"after": float(index)}
+        save_block(tmp_path, index, Router(), {name: linear}, prefix=f"model.layers.{index}.", log=log, event=event)
     assert {index: event["after"] for index, event in finished_blocks(tmp_path).items()} == {0: 0, 1: 1, 2: 2, 3: 3}
 
     block_file(tmp_path, 2).unlink()

@@ -174,6 +174,13 @@ def test_positional_arguments_to_blocks_are_refused(random_llama: Path, monkeypa
         model.block_arguments(4, CPU, FP32)
 
 
+def test_arguments_that_follow_the_number_of_sequences_are_refused(save_random_model: Callable[..., Path]) -> None:
+    """They are recorded for one sequence and passed for many; BLOOM's position biases have a row for every head."""
+    source = open_source(str(save_random_model("BloomConfig", n_head=4)))
+    with pytest.raises(InputError, match="`alibi` with 4 rows for one sequence and 8 for two"):
+        open_blocks(source).block_arguments(4, CPU, FP32)
+
+
 def test_an_incomplete_checkpoint_names_the_tensor(random_llama: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

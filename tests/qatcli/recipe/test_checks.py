@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from qatcli.errors import RecipeError
-from qatcli.recipe import FORMAT_BITS, Recipe, check_group_sizes, load_recipe
+from qatcli.recipe import FORMAT_BITS, Recipe, check_group_sizes, check_patterns, load_recipe
 from qatcli.recipe.checks import CHECKS, contradictions
 from qatcli.recipe.schema import Format
 
@@ -145,3 +145,20 @@ def test_group_sizes_that_do_not(build: Callable[..., Recipe]) -> None:
     assert caught.value.message == "group size 128 does not divide the 576 inputs of a.up, b.up"
     assert caught.value.hint is not None
     assert "8, 12, 16, 24, 32, 48, 64, 96, 192, -1," in caught.value.hint
+
+
+def test_patterns_that_match_are_patterns_of_whole_names(build: Callable[..., Recipe]) -> None:
+    names = ["layers.0.up", "layers.0.down"]
+    check_patterns(build(), names, [])
+    check_patterns(build(quant={"skip": ["lm_head", "embed_out", "*.up"]}), names, ["embed_out"])
+    check_patterns(build(quant={"overrides": [{"pattern": "layers.0.*", "bits": 4}]}), names, [])
+    quant = {"skip": ["*.upp"], "overrides": [{"pattern": "*.up", "bits": 4}, {"pattern": "down", "bits": 4}]}
+    with pytest.raises(RecipeError) as caught:
+        check_patterns(build(quant=quant), names, ["head"])
+    assert caught.value.message.splitlines() == [
+        "quant.overrides.1.pattern: `down` matches no linear of the model",
+        "quant.skip.0: `*.upp` matches no linear of the model",
+    ]
+    assert "layers.0.down, layers.0.up" in str(caught.value.hint)
+    with pytest.raises(RecipeError, match=r"overrides\.0\.pattern: `head`"):
+        check_patterns(build(quant={"overrides": [{"pattern": "head", "bits": 4}]}), names, ["head"])

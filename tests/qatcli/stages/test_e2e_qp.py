@@ -206,6 +206,17 @@ def test_without_keep_best_the_last_iterate_is_written(stage: Callable[..., Job]
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_without_keep_best_an_iterate_that_is_not_finite_is_not_the_last(
+    stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = stage(keep_best=False, checkpoint_every=1)
+    losses = iter([1.0, 0.5, *[float("nan")] * 100])
+    monkeypatch.setattr(e2e_qp._Trainer, "validate", lambda *_: next(losses))
+    metrics = run(job)
+    assert metrics["after"] == 0.5
+    assert metrics["steps"] > 1
+
+
 def test_memory_settings_do_not_change_the_result(stage: Callable[..., Job]) -> None:
     plain, lean = stage("plain", micro_batch_size=4), stage("lean", micro_batch_size=1, gradient_checkpointing=True)
     run(plain)
