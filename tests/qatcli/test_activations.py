@@ -273,3 +273,18 @@ def test_results_do_not_depend_on_the_place(tmp_path: Path) -> None:
     assert torch.equal(torch.cat(expected[1:6]), expected[0][torch.cat(orders[0])])
     for name, tensors in found.items():
         assert all(torch.equal(*pair) for pair in zip(tensors, expected, strict=True)), name
+
+
+@pytest.mark.gpu
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's refusal is not left for the next kernel to stumble over."""
+    device, driver = torch.device("cuda"), torch.cuda.cudart()
+
+    class Refusing:
+        def cudaHostRegister(self, _address: int, size: int, flags: int) -> int:
+            return int(driver.cudaHostRegister(0, size, flags))
+
+    monkeypatch.setattr(torch.cuda, "cudart", Refusing)
+    stream = StreamBudget(device, 0, 10**9, tmp_path).allocate("a", (9, 64, 128), torch.float32)
+    assert not stream.is_pinned()
+    assert float(torch.ones(8, device=device).sum()) == 8
