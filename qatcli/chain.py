@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,16 @@ def run_one(
     overrides: Sequence[str],
     *,
     run_dir: Path | None,
-    source: Path | None,
+    source: str | None,
     restart: bool,
     device: str | None,
     verbosity: int,
 ) -> dict[str, Any]:
     """Run one stage; {stage, path, seconds, metrics}."""
     recipe, run_dir, log = _begin(recipe_file, overrides, run_dir, verbosity)
-    done = _run_stage(stage, recipe, run_dir, source=source, restart=restart, device=device, log=log)
+    choose_device(device)  # like the recipe, looked at before the stages in front of a pipe are waited for
+    path = _given_source(source)
+    done = _run_stage(stage, recipe, run_dir, source=path, restart=restart, device=device, log=log)
     facts = done.facts
     result = {"stage": stage, "path": str(done.path), "seconds": facts["seconds"], "metrics": facts["metrics"]}
     if stage == "eval":
@@ -51,7 +54,7 @@ def run_exports(
     formats: Sequence[str],
     *,
     run_dir: Path | None,
-    source: Path | None,
+    source: str | None,
     restart: bool,
     device: str | None,
     verbosity: int,
@@ -62,10 +65,10 @@ def run_exports(
     """
     chosen = [f"export.formats=[{','.join(formats)}]"] if formats else []
     recipe, run_dir, log = _begin(recipe_file, [*overrides, *chosen], run_dir, verbosity)
+    choose_device(device)
+    path = _given_source(source)
     for name in recipe.export.formats:
-        done = run_stage(
-            "export", recipe, run_dir, variant=name, source=source, restart=restart, device=device, log=log
-        )
+        done = run_stage("export", recipe, run_dir, variant=name, source=path, restart=restart, device=device, log=log)
         facts = done.facts
         yield {
             "stage": "export",
@@ -82,7 +85,7 @@ def run_eval(
     options: ModelOptions,
     *,
     run_dir: Path | None,
-    source: Path | None,
+    source: str | None,
     restart: bool,
     device: str | None,
     verbosity: int,
@@ -234,6 +237,18 @@ def _print_tables(log: RunLog, metrics: dict[str, Any]) -> None:
     if log.verbosity >= 0:
         for table in tables(metrics):
             wide(log.console).print(table)
+
+
+def _given_source(source: str | None) -> Path | None:
+    """The --from directory; `-` reads it from standard input."""
+    if source != "-":
+        return None if source is None else Path(source)
+    line = sys.stdin.readline().strip() if sys.stdin else ""  # None where it is closed
+    if not line:
+        raise UsageError("--from -: standard input is empty", hint="pipe the previous stage's output into it")
+    if line.startswith("{"):
+        raise UsageError("--from -: standard input is JSON", hint="leave --json out of the command in front")
+    return Path(line)
 
 
 def _begin(

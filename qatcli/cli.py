@@ -10,12 +10,26 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from qatcli import __version__
+from qatcli.cli_options import (
+    FORMAT_NAMES,
+    DeviceOption,
+    DirectoryArgument,
+    FromOption,
+    JsonOption,
+    JsonToo,
+    QuietOption,
+    RecipeArgument,
+    RestartOption,
+    RunArgument,
+    RunOption,
+    SetOption,
+    VerboseOption,
+)
 from qatcli.errors import QatError, ResourceError, UsageError
 from qatcli.failures import explain
 from qatcli.interrupts import arrived, install, interruptible
@@ -35,28 +49,6 @@ STAGE_HELP = {
     "pack": "Write the dense bit-packed checkpoint that transformers loads.",
     "import": "Turn a GPTQ, AWQ, BitBLAS, compressed-tensors or EfficientQAT checkpoint (--from) into the packed form.",
 }
-
-FORMAT_NAMES = "gptq, bitblas, native, gguf, awq, compressed-tensors, dense"
-
-RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, one YAML file.", show_default=False)]
-RunOption = Annotated[
-    Path | None, typer.Option("--run", metavar="DIR", help="Run directory.", show_default="runs/<recipe without .yaml>")
-]
-FromOption = Annotated[
-    str | None,
-    typer.Option("--from", metavar="DIR", help="Input instead of the predecessor's directory; - reads it from stdin."),
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a recipe key; repeatable.")
-]
-RestartOption = Annotated[bool, typer.Option("--restart", help="Make the stage again, whatever is there.")]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda or cuda:N.", show_default="cuda if there is one")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the directory.")]
-JsonToo = Annotated[bool, typer.Option("--json", help="Print one JSON object beside the table.")]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
-VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Print every event.")]
 
 
 def _stage_command(name: str) -> Callable[..., None]:
@@ -79,7 +71,7 @@ def _stage_command(name: str) -> Callable[..., None]:
                 recipe,
                 overrides or [],
                 run_dir=run,
-                source=_given_source(source),
+                source=source,
                 restart=restart,
                 device=device,
                 verbosity=_verbosity(quiet, verbose),
@@ -141,7 +133,7 @@ def evaluate(
             overrides or [],
             ModelOptions(text or (), seq_len, windows, zero_shot, data, limit, against, no_speed, bos),
             run_dir=run,
-            source=_given_source(source),
+            source=source,
             restart=restart,
             device=device,
             verbosity=_verbosity(quiet, verbose),
@@ -180,7 +172,7 @@ def export(
             [*(overrides or []), *([] if verify is None else [f"export.verify={str(verify).lower()}"])],
             _format_names(formats or []),
             run_dir=run,
-            source=_given_source(source),
+            source=source,
             restart=restart,
             device=device,
             verbosity=_verbosity(quiet, verbose),
@@ -249,7 +241,7 @@ def doctor(
 
 @app.command("inspect")
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="A stage directory.", show_default=False)],
+    directory: DirectoryArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Say what a stage directory is, and verify the digest of every file."""
@@ -261,7 +253,7 @@ def inspect(
 
 @app.command("report")
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    run: RunArgument,
     watching: Annotated[
         bool, typer.Option("--watch", help="Write it again every few seconds until no stage is at work.")
     ] = False,
@@ -356,17 +348,10 @@ def _format_names(given: list[str]) -> list[str]:
     names = [name.strip() for option in given for name in option.split(",")]
     if not all(names):
         raise UsageError("--format names no format", hint=f"give some of {FORMAT_NAMES}, or leave it out")
+    for name in names:
+        if name not in FORMAT_NAMES.split(", "):
+            raise UsageError(f"--format {name}: there is no such format", hint=f"give some of {FORMAT_NAMES}")
     return names
-
-
-def _given_source(source: str | None) -> Path | None:
-    """The --from directory; `-` reads it from standard input."""
-    if source != "-":
-        return Path(source) if source else None
-    line = sys.stdin.readline().strip() if sys.stdin else ""  # None where it is closed
-    if not line:
-        raise UsageError("--from -: standard input is empty", hint="pipe the previous stage's output into it")
-    return Path(line)
 
 
 def _verbosity(quiet: bool, verbose: bool) -> int:

@@ -61,8 +61,8 @@ def open_stage(path: Path, *, kinds: tuple[str, ...] = ()) -> StageDirectory:
 
     InputError when it is absent, unfinished, of another kind, from another format version, or damaged.
     """
-    if not (path / STAGE_FILE).is_file():
-        if path.with_name(path.name + ".partial").is_dir():
+    if not os.path.isfile(path / STAGE_FILE):  # false, and no error, for a name that no file can have
+        if os.path.isdir(f"{path}.partial"):
             raise InputError(
                 f"{path} is not finished", hint=f"run `qat {path.name}` again: it continues where it stopped"
             )

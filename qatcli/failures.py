@@ -12,7 +12,10 @@ from qatcli.errors import QatError, ResourceError
 
 # What a file system says of a write; files to read are checked where they are opened.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
-SMALLER = "lower batch_size or micro_batch_size, seq_len, or block_ap.cache.host_gb; the run continues where it stopped"
+SMALLER = (
+    "free memory or lower block_ap.cache.host_gb, and the same command continues; or lower the stage's batch_size, "
+    "micro_batch_size or seq_len and begin it again with --restart"
+)
 
 
 def explain(error: Exception, *, verbose: bool) -> QatError:

@@ -20,7 +20,7 @@ from qatcli.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_FILE = 400
-CEILING = 20_000  # lines of qatcli and kernels together; raise it in the commit that needs it, and say why
+CEILING = 20_500  # lines of qatcli and kernels together; raise it in the commit that needs it, and say why
 LEAST_FILES = {"qatcli": 40, "kernels": 6}  # what must be found for a rule to have been checked at all
 JUNK_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}
 PARTS_OF_PYDANTIC = {"pydantic_core", "annotated_types"}
@@ -177,6 +177,7 @@ def test_the_command_line_has_no_logic_of_its_own() -> None:
     assert {"typer", "qatcli"} <= third_party <= {"typer", "rich", "qatcli"}
     ours = {".".join(name.split(".")[:2]) for name in at_import if name.startswith("qatcli.")}
     assert ours <= {
+        "qatcli.cli_options",
         "qatcli.errors",
         "qatcli.failures",
         "qatcli.interrupts",

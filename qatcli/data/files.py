@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -20,6 +21,7 @@ LocatedRow = tuple[str, Row]  # ("corpus.jsonl line 7", {...})
 
 TEXT_FIELD = "text"  # the one field of a row read from a plain text file
 _BATCH_ROWS = 1024
+_UNREADABLE = (OSError, EOFError, zlib.error)  # the last two: a gzip member that is cut off, or damaged
 _DOCUMENT_END = "<|endoftext|>"  # a line of its own in TinyStories and other GPT-style dumps
 
 
@@ -37,7 +39,7 @@ def read_rows(path: Path) -> Iterator[LocatedRow]:
         )
     try:
         yield from reader(path)
-    except (OSError, EOFError) as error:  # EOFError: a truncated gzip member
+    except _UNREADABLE as error:
         raise InputError(f"{path}: cannot be read: {error}", hint="check the file and its permissions") from error
 
 
@@ -56,7 +58,7 @@ def read_text(path: Path) -> str:
     try:
         with _open(path) as file:
             content = file.read()
-    except (OSError, EOFError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path}: cannot be read: {error}", hint="check the path of the text file") from error
     try:
         return content.decode("utf-8-sig")

@@ -71,7 +71,7 @@ def _parse(located: LocatedRow, *, format_: str, field: str) -> Record:
     if format_ == "text":
         return Record(where, (_string(where, row, field),))
     if format_ == "alpaca":
-        context = "" if row.get("input") is None else _string(where, row, "input")
+        context = _string(where, row, "input") if "input" in row else ""
         return Record(where, (_string(where, row, "instruction"), context, _string(where, row, "output")))
     return _conversation(where, row, _conversation_field(row, field))
 
@@ -80,8 +80,12 @@ def _string(where: str, row: Row, field: str) -> str:
     if field not in row:
         raise InputError(f"{where}: no field `{field}`", hint=_fields_hint(row))
     value = row[field]
+    if value is None:
+        return ""
     if not isinstance(value, str):
-        raise InputError(f"{where}: field `{field}` must be a string, found {type(value).__name__}")
+        raise InputError(
+            f"{where}: field `{field}` must be a string, found {type(value).__name__}", hint=_fields_hint(row)
+        )
     return value
 
 

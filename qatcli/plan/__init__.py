@@ -20,7 +20,7 @@ from qatcli.memory import release_memory
 from qatcli.plan.model import PlannedModel
 from qatcli.plan.needs import MEMORY, Setting, Stream, disk_bytes
 from qatcli.plan.tracing import UntraceableError
-from qatcli.recipe import ModelSection, QuantSection, Recipe
+from qatcli.recipe import ModelSection, QuantSection, Recipe, check_context, check_group_sizes, check_patterns
 
 GIB = 2**30
 SURE = 0.8  # predictions are within a quarter: below this share of one, what there is cannot be enough
@@ -86,8 +86,19 @@ def setting(recipe: Recipe, device: torch.device, run_dir: Path) -> Setting:
     return Setting(recipe, _model(recipe), device, budget)
 
 
+def suit(s: Setting, stage: str) -> None:
+    """RecipeError when what the recipe says of `stage` does not suit the model."""
+    if stage == "calibrate":
+        check_patterns(s.recipe, s.model.in_blocks, s.model.other_linears)
+        check_group_sizes(s.recipe, {name: quant.in_features for name, quant in s.model.linears.items()})
+        check_context(s.recipe, "calibrate", s.model.context)
+    elif stage == "e2e-qp":
+        check_context(s.recipe, "e2e_qp", s.model.context)
+
+
 def require(recipe: Recipe, stage: str, variant: str, *, device: torch.device, out: Path) -> str | None:
-    """ResourceError when the machine cannot have what `stage` needs; a warning when that is uncertain.
+    """ResourceError when the machine cannot have what `stage` needs; a warning when that is uncertain. RecipeError when
+    the recipe does not suit the model.
 
     `out` is where the stage works; what an interrupted run left there is not needed again.
     """
@@ -95,6 +106,7 @@ def require(recipe: Recipe, stage: str, variant: str, *, device: torch.device, o
         return None
     release_memory()
     s = setting(recipe, device, out)
+    suit(s, stage)
     try:
         predicted = need(s, stage, variant)
     except UntraceableError as error:

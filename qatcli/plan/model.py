@@ -86,6 +86,9 @@ class PlannedModel:
         gguf = section.gguf_file is not None or section.source.endswith(".gguf")
         self.dtype: torch.dtype = torch.float32 if gguf else (getattr(self.config, "dtype", None) or torch.float32)
         count = range(len(self._blocks))
+        self.in_blocks = [name for index in count for name in self._blocks.linears(index)]
+        self.other_linears = self._blocks.other_linears()
+        self.context: int | None = getattr(text, "max_position_embeddings", None)
         self.quants = [block_quants(self._blocks, index, quant) for index in count]
         self.block_sizes = [
             sum(size for name, size in sizes.items() if name.startswith(self._blocks.block_name(index) + "."))

@@ -16,7 +16,7 @@ from qatcli.formats import FORMATS, ExportOptions, Format, deployment
 from qatcli.formats.contract import Deployment
 from qatcli.formats.gguf import likely_type
 from qatcli.packed import PackedCheckpoint
-from qatcli.plan import GIB, Need, bytes_in, libraries, need, setting
+from qatcli.plan import GIB, Need, bytes_in, libraries, need, setting, suit
 from qatcli.plan.needs import Setting, pack_bytes
 from qatcli.plan.timing import measure_rates, work
 from qatcli.recipe import Recipe, untrained_gptq
@@ -32,6 +32,8 @@ def make_plan(recipe: Recipe, device: torch.device, run_dir: Path) -> dict[str, 
     exports, and for a GPU that is not in this machine.
     """
     s = setting(recipe, device, run_dir)
+    for stage in CHAIN:
+        suit(s, stage)
     here = device.type == "cpu" or torch.cuda.is_available()
     rates = measure_rates(device, s.dtype("auto")) if here else None
     steps = [(s, stage, "") for stage in CHAIN]

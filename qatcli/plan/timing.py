@@ -12,11 +12,19 @@ from dataclasses import dataclass
 import torch
 
 from qatcli.evaluation.measure import BATCH_TOKENS
+from qatcli.evaluation.perplexity import DIVERGENCE_TOKENS, DIVERGENCE_WINDOWS
 from qatcli.plan.model import PlannedModel
 from qatcli.plan.needs import FP32, Setting
 
 MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the matrices that are timed
 SEARCH_PASSES = 800  # over a weight in fp32, by the grid search: 105 candidates of seven to eight passes each
+QUESTIONS = {  # rows, and tokens that are read for one: the context once, every choice
+    "winogrande": (1267, 50),
+    "piqa": (1838, 60),
+    "hellaswag": (10042, 170),
+    "arc_easy": (2376, 60),
+    "arc_challenge": (1172, 70),
+}
 STEP_PASSES = 30  # over a block's parameters, by fake quantization both ways, gradients and Adam
 
 
@@ -75,15 +83,34 @@ def work(s: Setting) -> dict[str, Work]:
         * (1 + teacher)
         * (1 + end.epochs * end.samples // (end.batch_size * end.checkpoint_every))
     )
-    measured = sum((t.windows or BATCH_TOKENS // 32) * t.seq_len for t in recipe.eval.perplexity)
-    models = len(recipe.eval.baselines) + 1
     return {
         "calibrate": Work(_forward(model, inside, moments, calibrate.seq_len), search),
         "block-ap": Work(blocks, (search if block.rounding == "gptq" else 0) + STEP_PASSES * FP32 * steps * inside),
         "e2e-qp": Work(_forward(model, model.total, windows, end.seq_len)),
         "pack": Work(0, 4 * FP32 * model.total),
-        "eval": Work(2.0 * measured * model.total * models),
+        "eval": _evaluation(s),
     }
+
+
+def _evaluation(s: Setting) -> Work:
+    """Passes over texts, twice more where divergence is measured, over questions and prompts; one token at a time, as
+    in generation, what a pass takes is to read the weights. Tasks other than the paper's five are not counted."""
+    config, model = s.recipe.eval, s.model
+    tokens, generated = 0, 0
+    for text in config.perplexity:
+        windows = text.windows or BATCH_TOKENS // 32
+        compared = max(DIVERGENCE_WINDOWS, -(-DIVERGENCE_TOKENS // text.seq_len))
+        tokens += text.seq_len * (windows + (2 * min(windows, compared) if config.kl else 0))
+    if config.zero_shot is not None:
+        for rows, length in (QUESTIONS[task] for task in config.zero_shot.tasks if task in QUESTIONS):
+            tokens += min(rows, config.zero_shot.limit or rows) * length
+    if config.speed is not None:
+        tokens += config.speed.prompt_tokens * (config.speed.repeats + 1)
+        generated += config.speed.new_tokens * config.speed.repeats
+    models = len(config.baselines) + 1
+    everywhere = FP32 if s.on_cpu else model.dtype.itemsize  # bytes of a weight as it is read
+    sampled = 2 * len(config.prompts) * config.max_new_tokens  # by full precision and the result
+    return Work(2.0 * tokens * model.total * models, float(everywhere * model.total * (generated * models + sampled)))
 
 
 def _forward(model: PlannedModel, parameters: int, windows: int, seq_len: int) -> float:

@@ -1,6 +1,6 @@
 """The recipe: one YAML file is one experiment. Importing this loads neither torch nor transformers."""
 
-from qatcli.recipe.checks import FORMAT_BITS, check_group_sizes, check_patterns
+from qatcli.recipe.checks import FORMAT_BITS, check_context, check_group_sizes, check_patterns
 from qatcli.recipe.identity import digest, dump_recipe
 from qatcli.recipe.load import load_recipe, recipe_name
 from qatcli.recipe.methods import METHODS, preset, untrained_gptq
@@ -42,6 +42,7 @@ __all__ = [
     "Recipe",
     "SpeedSection",
     "ZeroShotSection",
+    "check_context",
     "check_group_sizes",
     "check_patterns",
     "digest",

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from qatcli.errors import RecipeError
 from qatcli.recipe.locations import BUILT_IN_TEXTS, is_local
@@ -183,8 +183,8 @@ def _overlap(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 def check_group_sizes(recipe: Recipe, in_features: Mapping[str, int]) -> None:
     """Raise RecipeError if the group size of a quantized linear does not divide its inputs.
 
-    `in_features` maps the name of every linear in the model to its number of inputs. The message lists every linear
-    concerned and the hint the group sizes that divide them all.
+    `in_features` maps the name of every linear in the model to its number of inputs. The message names some of the
+    linears concerned and the hint the group sizes that divide them all.
     """
     wrong: dict[tuple[int, int], list[str]] = {}
     quantized: list[int] = []
@@ -198,7 +198,7 @@ def check_group_sizes(recipe: Recipe, in_features: Mapping[str, int]) -> None:
     if not wrong:
         return
     lines = [
-        f"group size {size} does not divide the {features} inputs of {', '.join(names)}"
+        f"group size {size} does not divide the {features} inputs of {_some(names)}"
         for (size, features), names in wrong.items()
     ]
     common = math.gcd(*quantized)
@@ -223,5 +223,23 @@ def check_patterns(recipe: Recipe, in_blocks: Collection[str], others: Collectio
         if not any(fnmatchcase(name, pattern) for name in names)
     ]
     if lines:
-        known = ", ".join(sorted(in_blocks)[:3])
-        raise RecipeError("\n".join(lines), hint=f"patterns are of whole names (`*.down_proj`), such as {known}")
+        hint = f"patterns are of whole names (`*.down_proj`); the model has {_some(sorted(in_blocks))}"
+        raise RecipeError("\n".join(lines), hint=hint)
+
+
+def check_context(recipe: Recipe, section: Literal["calibrate", "e2e_qp"], context: int | None) -> None:
+    """Raise RecipeError if the windows of `section` are longer than the model's context; None is one without a limit.
+
+    Models with learned positions have none for the tokens beyond, and the others were never trained there.
+    """
+    seq_len = getattr(recipe, section).seq_len
+    if context is not None and seq_len > context:
+        raise RecipeError(
+            f"{section}.seq_len = {seq_len}: the model has a context of {context} tokens (max_position_embeddings)",
+            hint=f"set {section}.seq_len to {context} or less",
+        )
+
+
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} others" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -19,7 +19,7 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> tuple[list[Key], li
     problems: list[Problem] = []
     for override in overrides:
         path, equals, text = override.partition("=")
-        key = [part.strip() for part in path.split(".")]
+        key = _parts(path)
         if not equals or not all(key) or not path.isprintable():
             problems.append(Problem((), f"{override}: must be key.path=value"))
             continue
@@ -28,6 +28,15 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> tuple[list[Key], li
         except (YamlProblem, LookupError) as error:
             problems.append(Problem((), f"{override}: {error.args[0]}"))
     return done, problems
+
+
+def _parts(path: str) -> list[str]:
+    """The keys of a path. The figures that a recipe expects have names with dots: `expect.wikitext2.kl.value`."""
+    key = [part.strip() for part in path.split(".")]
+    if key[0] != "expect" or len(key) < 3 or not all(key):
+        return key
+    inner = key[-1:] if key[-1] in ("value", "tolerance") else []
+    return ["expect", ".".join(key[1 : len(key) - len(inner)]), *inner]
 
 
 def _set(data: dict[str, Any], key: Sequence[str], value: Any) -> Key:

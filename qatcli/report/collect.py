@@ -29,6 +29,8 @@ PROVENANCE = ("input", "digest", "model_fingerprint", "recipe_digest", "device",
 
 def collect(run_dir: Path, *, under_way: bool = False) -> dict[str, Any]:
     """Everything that is known about a run. InputError when no stage was ever begun in `run_dir`."""
+    if not os.path.isdir(run_dir):  # false, and no error, for a name that no directory can have
+        raise InputError(f"{run_dir} is not a directory", hint="name a run directory, such as runs/smollm2/w2g64")
     problems: list[str] = []
     stages = [_stage(run_dir, name, problems) for name in (*OUTSIDE_CHAIN, *CHAIN)]
     exports = [_stage(run_dir, f"export/{name}", problems) for name in _export_names(run_dir)]
@@ -194,8 +196,6 @@ def _export_names(run_dir: Path) -> list[str]:
 
 
 def _no_run(run_dir: Path) -> InputError:
-    if not run_dir.is_dir():
-        return InputError(f"{run_dir} is not a directory", hint="name a run directory, such as runs/smollm2/w2g64")
     stages = {name + suffix for name in (*CHAIN, *OUTSIDE_CHAIN) for suffix in ("", ".partial")}
     logs = (Path(folder) for folder, _, files in os.walk(run_dir) if LOG_FILE in files)
     below = sorted({str(log.parent) for log in logs if log.name in stages})

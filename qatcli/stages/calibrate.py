@@ -31,7 +31,6 @@ from qatcli.models.blocks import BlockModel, open_blocks
 from qatcli.models.source import ModelSource
 from qatcli.moments import input_moments
 from qatcli.packed import ModuleQuant, QuantizedLinear
-from qatcli.recipe import check_group_sizes, check_patterns
 from qatcli.recipe.schema import QuantSection
 from qatcli.stages import Job, open_model
 from qatcli.training import compute_dtype
@@ -48,9 +47,6 @@ def run(job: Job) -> dict[str, Any]:
     model = open_blocks(source)
     use_tiled_attention(model.skeleton, job.device)
     quants = [block_quants(model, index, recipe.quant) for index in range(len(model))]
-    in_blocks = [name for index in range(len(model)) for name in model.linears(index)]
-    check_patterns(recipe, in_blocks, model.other_linears())
-    check_group_sizes(recipe, {name: q.in_features for block in quants for name, q in block.items()})
 
     if (job.out / WINDOWS).is_file():
         _refuse_another_model(job.out, source)

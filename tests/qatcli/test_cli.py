@@ -175,7 +175,7 @@ def test_every_option_arrives(recipe: Path, tmp_path: Path, stub: Callable[..., 
         "recipe": recipe,
         "overrides": ["a.b=1", "c=2"],
         "run_dir": tmp_path / "r",
-        "source": tmp_path / "f",
+        "source": str(tmp_path / "f"),
         "restart": True,
         "device": "cuda:1",
         "verbosity": -1,
@@ -183,10 +183,10 @@ def test_every_option_arrives(recipe: Path, tmp_path: Path, stub: Callable[..., 
     assert calls[1]["verbosity"] == 1
 
 
-def test_from_reads_standard_input(recipe: Path, stub: Callable[..., list[dict[str, Any]]]) -> None:
-    calls = stub({"path": "x"})
-    assert qat("block-ap", recipe, "--from", "-", stdin="runs/x/calibrate\n").exit_code == 0
-    assert calls[0]["source"] == Path("runs/x/calibrate")
+def test_from_reads_standard_input(recipe: Path, tmp_path: Path) -> None:
+    done = qat("block-ap", recipe, "--from", "-", "--device", "cpu", "--run", tmp_path, stdin="runs/x/calibrate\n")
+    assert done.exit_code == 3
+    assert "runs/x/calibrate is not a stage directory" in done.output
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -262,6 +262,37 @@ def test_a_result_that_cannot_be_written_names_the_stream(
     done = qat("pack", recipe)
     assert done.exit_code == 6
     assert done.stderr.startswith("error: cannot write to standard output: No space left on device\n\nhint: what is")
+
+
+@pytest.mark.parametrize("option", ["--run", "--from", "--device"])
+def test_an_empty_option_is_not_one_that_was_left_out(recipe: Path, option: str) -> None:
+    done = qat("e2e-qp", recipe, option, "")
+    assert done.exit_code == 2
+    assert option in done.output
+    assert "empty" in done.output
+
+
+@pytest.mark.parametrize("command", ["inspect", "report"])
+def test_names_that_no_directory_has(command: str) -> None:
+    assert qat(command, "").exit_code == 2
+    done = qat(command, "x" * 400)
+    assert done.exit_code == 3
+    assert "unforeseen" not in done.output
+
+
+def test_the_recipe_is_looked_at_before_a_pipe_is_waited_for(recipe: Path) -> None:
+    done = qat("block-ap", recipe, "--from", "-", "--set", "block_ap.epochz=3", stdin="{}")
+    assert "epochz" in done.output
+    assert "--from" not in done.output
+    done = qat("block-ap", recipe, "--from", "-", stdin='{"path": "runs/x"}\n')
+    assert done.exit_code == 2
+    assert "--json" in done.output
+
+
+def test_a_format_that_does_not_exist_is_one_of_the_option(recipe: Path) -> None:
+    done = qat("export", recipe, "--format", "gptq,gguff")
+    assert done.exit_code == 2
+    assert "--format gguff" in done.output
 
 
 @pytest.mark.parametrize("stdin", ["", "\n"])
@@ -392,7 +423,7 @@ def test_too_little_memory_exits_6(recipe: Path, stub: Callable[..., Any], error
     done = qat("block-ap", recipe)
     assert done.exit_code == 6
     assert done.stderr.startswith("error: out of memory: ")
-    assert "hint: lower batch_size" in done.stderr
+    assert "hint: free memory or lower block_ap.cache.host_gb" in done.stderr
     assert "See documentation" not in done.stderr
 
 

@@ -145,7 +145,7 @@ def test_malformed_files(tmp_path: Path, name: str, content: bytes, message: str
 
 def test_damaged_gzip(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"text": "a"}\n' * 1000)
-    for number, content in enumerate([whole[: len(whole) // 2], b"no gzip"]):
+    for number, content in enumerate([whole[: len(whole) // 2], b"no gzip", whole[:12] + b"\xff" * 8 + whole[20:]]):
         path = tmp_path / f"{number}.jsonl.gz"
         path.write_bytes(content)
         with pytest.raises(InputError, match="cannot be read"):

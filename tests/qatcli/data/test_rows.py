@@ -43,6 +43,7 @@ def test_records() -> None:
     assert parse_row(("here", TEXT), format_="text", field="text") == Record("here", ("a",))
     assert parse_row(("here", ALPACA), format_="alpaca", field="text") == Record("here", ("a", "b", "c"))
     assert parse_row(("", {**ALPACA, "input": None}), format_="alpaca", field="text").texts == ("a", "", "c")
+    assert parse_row(("", {"text": None}), format_="text", field="text").is_empty, "left out and counted"
     expected = Record("here", ("a", "b"), ("user", "assistant"))
     assert parse_row(("here", CHAT), format_="chat", field="text") == expected
     assert parse_row(("here", SHAREGPT), format_="chat", field="text") == expected
@@ -72,7 +73,7 @@ def test_rows_without_an_answer_are_empty() -> None:
         ({"body": "a", "id": 1}, "text", "no field `text`"),
         ({}, "text", "no field `text`"),
         ({"text": 3}, "text", "`text` must be a string, found int"),
-        ({"text": None}, "text", "found NoneType"),
+        ({"text": 3}, "text", "found int"),
         ({"instruction": "a"}, "alpaca", "no field `output`"),
         ({"instruction": "a", "input": 1, "output": "b"}, "alpaca", "`input` must be a string"),
         ({"text": "a"}, "chat", "must be a list of messages"),

@@ -12,11 +12,11 @@ import torch
 
 import qatcli.plan
 from qatcli import machine
-from qatcli.errors import ResourceError
+from qatcli.errors import RecipeError, ResourceError
 from qatcli.plan import GIB, Need, need, require, setting
 from qatcli.plan.needs import MEMORY
 from qatcli.plan.report import CHAIN, make_plan, render, runtimes
-from qatcli.plan.timing import Rates, Work
+from qatcli.plan.timing import Rates, Work, work
 from qatcli.plan.tracing import UntraceableError
 from qatcli.recipe import Recipe
 from qatcli.stages import STAGES
@@ -301,3 +301,29 @@ def test_a_model_that_cannot_be_traced_is_a_doubt_and_not_an_error(
     assert "no meta kernel for this" in doubt
     with pytest.raises(UntraceableError, match="no meta kernel"):
         make_plan(untraced, CPU, tmp_path)
+
+
+def test_what_does_not_suit_the_model_is_refused_by_the_plan_too(recipe: Callable[..., Recipe]) -> None:
+    for sections, said in (
+        ({"quant": {"group_size": 64}}, "group size 64 does not divide"),
+        ({"quant": {"overrides": [{"pattern": "down_proj", "bits": 4}]}}, "matches no linear"),
+        ({"calibrate": {"seq_len": 10**5}}, r"calibrate\.seq_len = 100000: the model has a context of"),
+        ({"e2e_qp": {"seq_len": 10**5}}, r"e2e_qp\.seq_len = 100000: the model has a context of"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            make_plan(recipe(**sections), CPU, Path("runs"))
+    with pytest.raises(RecipeError, match="e2e_qp"):
+        require(recipe(e2e_qp={"seq_len": 10**5}), "e2e-qp", "", device=CPU, out=Path("runs"))
+    require(recipe(e2e_qp={"seq_len": 10**5}), "calibrate", "", device=CPU, out=Path("runs"))
+
+
+def test_all_that_an_evaluation_does_takes_time(recipe: Callable[..., Recipe]) -> None:
+    def evaluation(**section: Any) -> Work:
+        return work(setting(recipe(eval={"kl": False, "speed": None, **section}), CPU, Path("runs")))["eval"]
+
+    least = evaluation()
+    for section in ({"kl": True}, {"zero_shot": {"tasks": ["piqa"]}}, {"speed": {}}):
+        assert evaluation(**section).operations > least.operations, section
+    assert evaluation(zero_shot={"tasks": ["piqa"], "limit": 10}).operations < evaluation(zero_shot={}).operations
+    for section in ({"speed": {}}, {"prompts": ["a"]}):
+        assert evaluation(**section).bytes > least.bytes, section

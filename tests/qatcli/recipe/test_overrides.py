@@ -51,3 +51,20 @@ def test_refusals(override: str, message: str) -> None:
     assert problems[0].text.startswith(override)
     assert message in problems[0].text
     assert data == {"quant": {"bits": 2}, "list": [1, 2]}
+
+
+def test_figures_that_are_expected_have_names_with_dots() -> None:
+    data: dict[str, Any] = {"expect": {"wiki.kl": {"value": 1, "tolerance": 2}}}
+    overrides = [
+        "expect.wiki.kl.value=3",
+        "expect.wiki.kl_99={value: 4}",
+        "expect.wiki={value: 5}",
+        "expect.wiki.value=6",
+    ]
+    _, problems = apply(data, overrides)
+    assert problems == []
+    assert data["expect"] == {
+        "wiki.kl": {"value": 3, "tolerance": 2},
+        "wiki.kl_99": {"value": 4},
+        "wiki": {"value": 6},
+    }
