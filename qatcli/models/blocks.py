@@ -154,18 +154,24 @@ class Record:
             base(input_ids=one, use_cache=False)
         alone = self._rows()
         base(input_ids=two, use_cache=False)
-        for (name, rows), together in zip(alone, self._rows(), strict=True):
-            if (rows, together[1]) != (1, 2) and rows != together[1]:
+        together = self._rows()
+        for place in alone.keys() & together.keys():
+            rows = alone[place], together[place]
+            if rows != (1, 2) and rows[0] != rows[1]:
                 raise InputError(
-                    f"blocks receive `{name}` with {rows} rows for one sequence and {together[1]} for two; unsupported "
-                    "model"
+                    f"blocks receive `{place[1]}` with {rows[0]} rows for one sequence and {rows[1]} for two; "
+                    "unsupported model"
                 )
 
-    def _rows(self) -> list[tuple[str, int]]:
-        """Name and length of every tensor that was passed to blocks."""
-        given = ((name, value) for arguments in self.arguments.values() for name, value in arguments.items())
-        parts = ((name, part) for name, value in given for part in (value if isinstance(value, tuple) else (value,)))
-        return [(name, len(part)) for name, part in parts if isinstance(part, Tensor) and part.ndim]
+    def _rows(self) -> dict[tuple[int, str, int], int]:
+        """Length of every tensor that was passed to blocks, by block, name and place in a tuple of them."""
+        return {
+            (index, name, place): len(part)
+            for index, arguments in self.arguments.items()
+            for name, value in arguments.items()
+            for place, part in enumerate(value if isinstance(value, tuple) else (value,))
+            if isinstance(part, Tensor) and part.ndim
+        }
 
 
 class _TakesTheFirst(Exception):
