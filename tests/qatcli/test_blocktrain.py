@@ -255,7 +255,7 @@ def test_a_compiled_block_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         return module
 
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=backend, **options))
     results = []
     for choice in (None, True):
         setting = Setting()
