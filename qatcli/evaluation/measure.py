@@ -140,7 +140,7 @@ def _warn_beyond_context(subject: Subject, config: EvalSection, log: RunLog) -> 
         if context and text.seq_len > context:
             log.warn(
                 f"{subject.name} has a context of {context} tokens and is measured on windows of {text.seq_len} "
-                f"({text.name}): its perplexity would be lower with seq_len {context} or less"
+                f"({text.name}), for which it was not trained: ask for {context} or less"
             )
 
 
