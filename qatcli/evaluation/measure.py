@@ -104,10 +104,10 @@ def measure(
     for subject in subjects:
         started = time.monotonic()
         log.say(f"eval: {subject.name}")
-        _warn_beyond_context(subject, config, log)
         found: dict[str, Any] = {"loaded_as": subject.candidate.loaded_as, "size": None, "speed": None}
         if settings:  # first, while nothing but the model is there
             found["speed"] = _speed(subject, device, settings, log)
+        _warn_beyond_context(subject, config, log)
         if subject.candidate.path is not None:
             found["size"] = model_size(subject.candidate.files or subject.candidate.path, subject.model)
         found |= _quality(subject, base, suite, config, device=device, dtype=dtype, log=log)

@@ -18,6 +18,11 @@ from qatcli.training import autocast
 DIVERGENCE_WINDOWS, DIVERGENCE_TOKENS = 8, 8192
 
 
+def divergence_windows(seq_len: int) -> int:
+    """How many windows of this length the divergence is of, where there are as many."""
+    return max(DIVERGENCE_WINDOWS, -(-DIVERGENCE_TOKENS // seq_len))
+
+
 @dataclass(frozen=True)
 class Divergence:
     """Next-token distributions against full precision: mean and 99th percentile of KL (nats), share of equal top-1."""
@@ -60,7 +65,7 @@ def divergence(model: Any, reference: Any, windows: Tensor, *, device: torch.dev
     Over the tokens that both know: some tools pad the vocabulary of their checkpoints.
     """
     losses, agreed = [], 0
-    for window in windows[: max(DIVERGENCE_WINDOWS, -(-DIVERGENCE_TOKENS // windows.shape[1]))]:
+    for window in windows[: divergence_windows(windows.shape[1])]:
         logits = [_logits(each, window[None], device, dtype)[0].float() for each in (model, reference)]
         known = min(each.shape[-1] for each in logits)
         ours, theirs = (F.log_softmax(each[..., :known], dim=-1) for each in logits)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from qatcli.evaluation.measure import BATCH_TOKENS
-from qatcli.evaluation.perplexity import DIVERGENCE_TOKENS, DIVERGENCE_WINDOWS
+from qatcli.evaluation.perplexity import divergence_windows
 from qatcli.plan.model import PlannedModel
 from qatcli.plan.needs import FP32, Setting
 
@@ -99,8 +99,8 @@ def _evaluation(s: Setting) -> Work:
     tokens, generated = 0, 0
     for text in config.perplexity:
         windows = text.windows or BATCH_TOKENS // 32
-        compared = max(DIVERGENCE_WINDOWS, -(-DIVERGENCE_TOKENS // text.seq_len))
-        tokens += text.seq_len * (windows + (2 * min(windows, compared) if config.kl else 0))
+        compared = min(windows, divergence_windows(text.seq_len)) if config.kl else 0
+        tokens += text.seq_len * (windows + 2 * compared)
     if config.zero_shot is not None:
         for rows, length in (QUESTIONS[task] for task in config.zero_shot.tasks if task in QUESTIONS):
             tokens += min(rows, config.zero_shot.limit or rows) * length

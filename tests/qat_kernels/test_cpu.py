@@ -176,6 +176,7 @@ def test_without_a_library_the_reference_serves(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cpu.cpu_build, "library", lambda: None)
     weight, kind = packed_weight(4, 64), {"bits": 4, "group_size": 64}
     x = torch.randn(3, COLUMNS)
+    assert torch.equal(quantized_matmul(x, *weight, **kind), reference.quantized_matmul(x, *weight, **kind))
     dequantized: list[int] = []
 
     def watched(packed: torch.Tensor, *rest: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -143,6 +143,20 @@ def test_other_tokens_are_refused_before_anything_is_measured(
         _compare(other, tiny_llama, config)
 
 
+def test_loading_is_part_of_the_memory_that_is_measured(
+    tiny_llama: Path, config: EvalSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed, loaded = measure._speed, []
+
+    def watched(subject: measure.Subject, *rest: Any) -> dict[str, Any]:
+        loaded.append("model" in vars(subject))
+        return speed(subject, *rest)
+
+    monkeypatch.setattr(measure, "_speed", watched)
+    compare([str(tiny_llama)], config, against=None, device=CPU, log=QUIET)
+    assert loaded == [False]
+
+
 def test_a_padded_vocabulary_does_not_count(tiny_llama: Path, config: EvalSection, tmp_path: Path) -> None:
     """Some tools round the number of embeddings up; no text has these tokens."""
     padded = tmp_path / "padded"
