@@ -185,20 +185,19 @@ class Tuning:
         return {**head, "note": note, "routes": routes, "settings": settings}
 
     def _settings(self, kernel: str) -> list[dict[str, Any]]:
-        """Rules by batch, the last for any; what is known for widths that were not measured stays."""
+        """Rules by batch, the last for any; what is known stays for widths that were not measured to the last batch."""
         measured = self._rules.get(kernel, {})
         rules = []
         for place, m in enumerate(measured):
             limit = {} if place == len(measured) - 1 else {"up_to_m": m}
             rules += [{**limit, **rule} for rule in measured[m]]
-        if not any("up_to_m" not in rule for rule in rules):
-            return self.known.settings[kernel]
-        if kernel in FAKE_QUANT:
-            return rules
-        done = {bits for rule in rules for bits in rule["bits"]}
+        done = {bits for rule in rules if "up_to_m" not in rule for bits in rule.get("bits", WIDTHS)}
+        rules = [rule for rule in rules if done.issuperset(rule.get("bits", WIDTHS))]
         for rule in self.known.settings[kernel]:
-            others = [bits for bits in rule.get("bits", WIDTHS) if bits not in done]
-            rules += [{**rule, "bits": others}] if others else []
+            known = rule.get("bits", WIDTHS)
+            others = [bits for bits in known if bits not in done]
+            if others:
+                rules.append(rule if len(others) == len(known) else {**rule, "bits": others})
         return rules
 
     def _crossovers(self, operation: str) -> dict[str, int]:
@@ -230,13 +229,17 @@ def main(arguments: list[str] | None = None) -> None:
     shapes = [(int(n), int(k)) for n, k in (text.split("x") for text in options.shape or SHAPES)]
     widths, kernels = options.bits or list(WIDTHS), options.kernel or list(BATCHES)
     path = options.out or tuning.CONFIGS / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+    if not os.access(path.parent, os.W_OK):
+        parser.error(f"cannot write into {path.parent}: name a file elsewhere with --out")
     if options.jobs > 1 and device.type == "cuda":
         _compile_all(list(_compilations(shapes, widths, kernels)), options.jobs)
     found = Tuning(name, tuning.load(path) if path.exists() else tuning.default(), kernels, widths)
     for bits in widths:
         for n, k in shapes:
             found.measure(Problem(device, bits, n, k))
-            path.write_text(as_text(found.table()), encoding="utf-8")
+            written = path.with_name(path.name + ".partial")
+            written.write_text(as_text(found.table()), encoding="utf-8")
+            written.replace(path)  # an interruption must not leave half of a file
     print(path)
     if found.failed:
         sys.exit(1)

@@ -3,7 +3,7 @@
 There is no `@triton.autotune`: it would time candidates in the middle of a run, give the same run different kernels,
 and needs a GPU where the interpreter has none. `python -m qat_kernels.tune` times them when asked and writes a file.
 
-A file names the devices it is for by the beginning of their name; the longest match is taken, and default.json, with
+A file names the devices it is for by the first words of their name; the longest match is taken, and default.json, with
 one warning, where nothing matches. `settings` holds a list of rules for each kernel. A rule applies to `bits` (absent:
 any) and to batches `up_to_m` (absent: any); of those that apply, the smallest `up_to_m` counts, and among equals the
 nearest shape `n`, `k` (absent: farthest of all). `routes` says up to which batch a kernel serves an operation before
@@ -48,6 +48,8 @@ class Table:
             for rule in self.settings[kernel]
             if bits in rule.get("bits", (bits,)) and m <= rule.get("up_to_m", math.inf)
         ]
+        if not rules:
+            raise ValueError(f"{self.path}: no settings of {kernel} for {bits} bits and {m} rows")
         return min(rules, key=lambda rule: (rule.get("up_to_m", math.inf), _distance(rule, n, k)))["use"]
 
     def route(self, operation: str, m: int, *, without: str = "") -> str:
@@ -57,11 +59,14 @@ class Table:
 
 
 def load(path: Path) -> Table:
-    """Read a file of settings."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if data["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}. Got: {data['format_version']}")
-    return Table(path, tuple(data["devices"]), data["timed"], data["routes"], data["settings"])
+    """Read a file of settings. ValueError when it is not one."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format_version must be {FORMAT_VERSION}. Got: {data['format_version']}")
+        return Table(path, tuple(data["devices"]), data["timed"], data["routes"], data["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of kernel settings: {error!r}. Remove it, or tune again") from error
 
 
 @cache
@@ -80,7 +85,7 @@ def default() -> Table:
 def table_for_name(name: str) -> Table:
     """The settings for the GPU of this name; warns once for a name that no file has."""
     tables = map(load, sorted(CONFIGS.glob("*.json")))
-    matches = {prefix: table for table in tables for prefix in table.devices if name.startswith(prefix)}
+    matches = {prefix: table for table in tables for prefix in table.devices if _names(prefix, name)}
     if matches:
         return matches[max(matches, key=len)]
     warnings.warn(
@@ -88,6 +93,11 @@ def table_for_name(name: str) -> Table:
         stacklevel=2,
     )
     return default()
+
+
+def _names(prefix: str, name: str) -> bool:
+    """Whether whole words of a device's name begin with `prefix`: "NVIDIA A10" is no beginning of "NVIDIA A100"."""
+    return name.startswith(prefix) and not name[len(prefix) : len(prefix) + 1].isalnum()
 
 
 def _distance(rule: dict[str, Any], n: int, k: int) -> float:

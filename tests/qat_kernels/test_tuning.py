@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -64,13 +65,17 @@ def test_shipped_files_are_complete() -> None:
 
 def test_an_unknown_gpu_gets_the_default_and_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = json.loads((tuning.CONFIGS / "default.json").read_text())
-    for stem, devices in [("default", []), ("a", ["NVIDIA H"]), ("b", ["NVIDIA H100"])]:
+    for stem, devices in [("default", []), ("a", ["NVIDIA L4"]), ("b", ["NVIDIA", "NVIDIA H100"])]:
         (tmp_path / f"{stem}.json").write_text(json.dumps({**text, "devices": devices}))
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
     tuning.table_for_name.cache_clear()
     try:
         assert tuning.table_for_name("NVIDIA H100 80GB HBM3").path.stem == "b"
-        assert tuning.table_for_name("NVIDIA H200").path.stem == "a"
+        assert tuning.table_for_name("NVIDIA L4").path.stem == "a"
+        assert tuning.table_for_name("NVIDIA H100-SXM5-80GB").path.stem == "b"
+        for other in ("NVIDIA L40S", "NVIDIA H1000"):  # their names only begin alike
+            with pytest.warns(UserWarning, match=f"no kernel settings for {other}"):
+                assert tuning.table_for_name(other).path.stem == "default"
         with pytest.warns(UserWarning, match=r"no kernel settings for Other GPU.*python -m qat_kernels\.tune"):
             assert tuning.table_for_name("Other GPU").path.stem == "default"
         with warnings.catch_warnings():
@@ -80,11 +85,25 @@ def test_an_unknown_gpu_gets_the_default_and_one_warning(tmp_path: Path, monkeyp
         tuning.table_for_name.cache_clear()
 
 
-def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"format_version": 7}', r"format_version must be 1\. Got: 7"),
+        ('{"format_version": 1, "devices": [', "JSONDecodeError"),
+        ('{"format_version": 1, "devices": []}', "timed"),
+        ("[]", "TypeError"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_refused_by_name(text: str, why: str, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    path.write_text('{"format_version": 7}')
-    with pytest.raises(ValueError, match=r"x\.json: format_version must be 1\. Got: 7"):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"x\.json is not a file of kernel settings: .*{why}"):
         tuning.load(path)
+
+
+def test_a_batch_without_a_rule_is_named() -> None:
+    with pytest.raises(ValueError, match="x: no settings of k for 4 bits and 5 rows"):
+        table(settings={"k": RULES[:3]}).pick("k", bits=4, m=5, n=64, k=64)
 
 
 @pytest.mark.parametrize("kernel", list(tune.BATCHES))
@@ -167,6 +186,39 @@ def test_an_interrupted_tuning_leaves_a_file_for_every_width(tmp_path: Path, mon
     written = tuning.load(path)
     assert [rule["bits"] for rule in written.settings["gemv"] if "us" in rule] == [[2]]
     assert all(written.pick("gemv", bits=bits, m=1, n=64, k=128) for bits in (2, 3, 4, 8))
+
+
+def test_a_width_that_was_not_measured_to_the_last_batch_keeps_what_was_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else no rule would be left for larger batches."""
+    calls = tune.Problem._call
+
+    def fails(self: tune.Problem, kernel: str, x: torch.Tensor, *rest: Any) -> tune.Call:
+        if self.bits == 3 and len(x) == 2:
+            raise RuntimeError("out of resources")
+        return calls(self, kernel, x, *rest)
+
+    monkeypatch.setattr(tune.Problem, "_call", fails)
+    monkeypatch.setattr(timing, "seconds", lambda *_, **__: 1.0)
+    monkeypatch.setattr(tune, "candidates", lambda kernel, **shape: candidates.candidates(kernel, **shape)[:1])
+    monkeypatch.setattr(tune, "BATCHES", {"gemv": (1, 2)})
+    path = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit, match="1"):
+        tune.main(["--shape", "64x128", "--kernel", "gemv", "--bits", "2", "--bits", "3", "--out", str(path)])
+    written = tuning.load(path)
+    assert {tuple(rule["bits"]) for rule in written.settings["gemv"] if "us" in rule} == {(2,)}
+    assert written.pick("gemv", bits=3, m=4, n=64, k=128) == tuning.default().pick("gemv", bits=3, m=4, n=64, k=128)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "Problem", lambda *_: pytest.fail("timed"))
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["--shape", "64x128", "--out", str(tmp_path / "missing" / "gpu.json")])
+    assert "name a file elsewhere with --out" in capsys.readouterr().err
 
 
 def test_a_wrong_result_is_reported_and_the_rest_is_kept(
