@@ -20,7 +20,7 @@ step() { # name, command...
     fi
 }
 
-step tests "$python" -m pytest -q -m gpu tests/qat_kernels
+step tests "$python" -m pytest -q -m gpu tests
 if command -v compute-sanitizer >/dev/null; then
     step memcheck compute-sanitizer --tool memcheck --error-exitcode 1 \
         "$python" -m pytest -q -m gpu -k "not real_size" tests/qat_kernels
@@ -31,5 +31,6 @@ step untuned "$python" benchmarks/kernels.py --csv "$logs/kernels.csv"
 step tune "$python" -m qat_kernels.tune
 step compile "$python" -m pytest -q tests/qat_kernels/test_compile.py
 step tuned "$python" benchmarks/kernels.py --csv "$logs/kernels.csv"
+step block "$python" benchmarks/block_speed.py
 sed -n '/^targets/,$p' "$logs/tuned.log"
 exit $failed

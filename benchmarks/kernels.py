@@ -3,10 +3,10 @@
     python benchmarks/kernels.py --csv kernels.csv          # every figure that issue 3 asks for, on this machine
     python benchmarks/kernels.py --bits 4 --shape 8192x8192 --batch 1
 
-On a GPU each call is timed inside a CUDA graph, over enough weights to leave the L2 cache, and compared with fp16
-cuBLAS on a dense weight. On a CPU packed linears are compared with dense ones in fp32 and bf16, and fake_quant with the
-expression that EfficientQAT runs under autograd. The peaks that fractions refer to are measured first: a copy (bytes
-read and written) and a square matrix product. The last block compares with the targets of the project.
+On a GPU each call is timed inside a CUDA graph, over enough packed weights to leave the L2 cache, and compared with
+fp16 cuBLAS on a dense weight. On a CPU packed linears are compared with dense ones in fp32 and bf16, and fake_quant
+with the expression that EfficientQAT runs under autograd. The peaks that fractions refer to are measured first: a copy
+(bytes read and written) and a square matrix product. The last block compares with the targets of the project.
 
 To rehearse the Triton path without a GPU: `TRITON_INTERPRET=1 QAT_KERNELS=triton ... --shape 8x128 --batch 1
 --rounds 1 --repeats 1`.

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_kernels import dequantize, fake_quant, prepare, quantize, quantized_matmul
+from qat_kernels.bitstream import words_per_row
 from qatcli.packed import ModuleQuant, QuantizedLinear, unpack_zero_point
 from qatcli.training import active_dtype
 
-FEW_ROWS = 16
-"""Rows of x up to which a prepared weight can be faster than the packed one."""
+FEW_ROWS = 4
+"""Rows of x up to which any table of kernel settings serves a prepared weight."""
 
 
 class FakeQuantLinear(nn.Module):
@@ -65,16 +66,16 @@ class PackedLinear(nn.Module):
     def __init__(self, quant: ModuleQuant, *, bias: bool, scale_dtype: torch.dtype, dtype: torch.dtype) -> None:
         super().__init__()
         groups = 1 if quant.group_size < 0 else quant.in_features // quant.group_size
-        words = _words(quant.in_features, quant.bits)
+        words = words_per_row(quant.in_features, quant.bits)
         self.quant = quant
         self.register_buffer("weight_packed", torch.zeros(quant.out_features, words, dtype=torch.int32))
-        zero_words = _words(quant.out_features, quant.bits)
+        zero_words = words_per_row(quant.out_features, quant.bits)
         self.register_buffer("weight_zero_point", torch.zeros(zero_words, groups, dtype=torch.int32))
         scale = torch.zeros(quant.out_features, groups, dtype=scale_dtype)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(quant.out_features, dtype=dtype), requires_grad=False) if bias else None
         self._unpacked_zero_point: Tensor | None = None
-        self._prepared: Tensor | None = None
+        self._prepared: tuple[torch.device, Tensor | None] | None = None
 
     @property
     def zero_point(self) -> Tensor:
@@ -93,11 +94,10 @@ class PackedLinear(nn.Module):
         if torch.is_grad_enabled() or x.numel() > FEW_ROWS * x.shape[-1]:
             return None
         packed, quant = self.weight_packed, self.quant
-        if self._prepared is None or self._prepared.device != packed.device:
-            self._prepared = prepare(
-                packed, bits=quant.bits, group_size=quant.group_size, in_features=quant.in_features
-            )
-        return self._prepared
+        if self._prepared is None or self._prepared[0] != packed.device:
+            words = prepare(packed, bits=quant.bits, group_size=quant.group_size, in_features=quant.in_features)
+            self._prepared = packed.device, words
+        return self._prepared[1]
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         self._unpacked_zero_point = self._prepared = None
@@ -105,7 +105,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return quantized_matmul(
-            x.to(active_dtype(x)),
+            x,
             self.weight_packed,
             self.weight_scale,
             self.zero_point,
@@ -148,7 +148,3 @@ def dense_linears(root: nn.Module, dtype: torch.dtype) -> None:
         if module.bias is not None:
             linear.register_parameter("bias", module.bias)
         setattr(root.get_submodule(parent), leaf, linear)
-
-
-def _words(values: int, bits: int) -> int:
-    return -(-values * bits // 32)

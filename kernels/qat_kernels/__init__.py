@@ -11,7 +11,7 @@ tensors (see `dispatch`). Importing this package needs torch only and touches no
 import torch
 from torch import Tensor
 
-from qat_kernels import checks, ops
+from qat_kernels import checks, interleave, ops
 from qat_kernels.autograd import FakeQuant, QuantizedMatmul
 from qat_kernels.dispatch import backend_for
 
@@ -178,6 +178,10 @@ def quantized_matmul(
     checks.check_same_device(x=x, packed=packed)
     if bias is not None:
         checks.check_shape("bias", bias, (packed.shape[0],))
+    if prepared is not None:
+        checks.check_matrix("prepared", prepared, (torch.int32,))
+        checks.check_shape("prepared", prepared, (packed.shape[0], interleave.words_per_row(x.shape[-1], bits)))
+        checks.check_same_device(packed=packed, prepared=prepared)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     linear = (x.reshape(-1, x.shape[-1]), packed, scale, zero_point, bits, group_size)

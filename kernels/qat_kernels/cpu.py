@@ -35,7 +35,7 @@ def fake_quant(
     if compiled is None:
         return reference.fake_quant(weight, scale, zero_point, bits=bits, group_size=group_size, out_dtype=out_dtype)
     weight, scale, zero_point = weight.contiguous(), _floats(scale), _floats(zero_point)
-    out = torch.empty(weight.shape, dtype=out_dtype)
+    out = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
     compiled.qat_fake_quant(
         *_addresses(weight, scale, zero_point, out), _is_bf16(out), *_groups(weight, scale), bits, _threads()
     )
@@ -79,7 +79,7 @@ def dequantize(
             packed, scale, zero_point, bits=bits, group_size=group_size, in_features=in_features, dtype=dtype
         )
     packed, scale, zero_point = packed.contiguous(), _floats(scale), zero_point.contiguous()
-    out = torch.empty(packed.shape[0], in_features, dtype=dtype)
+    out = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
     compiled.qat_dequantize(
         *_addresses(packed, scale, zero_point, out),
         _is_bf16(out),
@@ -111,9 +111,10 @@ def quantized_matmul(
                 packed[block], scale[block], zero_point[block], **grid, in_features=in_features, dtype=x.dtype
             )
             torch.mm(x, weight.t(), out=y[:, block])
+            del weight  # before the next one is made
         return y
     x_floats, packed, scale, zero_point = _floats(x), packed.contiguous(), _floats(scale), zero_point.contiguous()
-    y = torch.empty(rows, packed.shape[0], dtype=torch.float32)
+    y = torch.empty(rows, packed.shape[0], dtype=torch.float32, device=packed.device)
     compiled.qat_matmul(
         *_addresses(x_floats, packed, scale, zero_point, y),
         rows,
@@ -140,6 +141,7 @@ def input_grad(
     for block in _blocks(packed.shape[0], in_features):
         weight = dequantize(packed[block], scale[block], zero_point[block], **grid, dtype=grad_out.dtype)
         d_x += grad_out[:, block] @ weight
+        del weight
     return d_x.to(grad_out.dtype)
 
 

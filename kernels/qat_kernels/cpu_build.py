@@ -34,8 +34,7 @@ _logger = logging.getLogger("qat_kernels")
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None (and one warning in the log) where they cannot be had."""
     try:
-        path = _built()
-        loaded = ctypes.CDLL(str(path))
+        loaded = _loaded()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
         detail = getattr(error, "stderr", None) or error
         _logger.warning("CPU kernels run in plain torch, several times slower: %s", detail)
@@ -44,6 +43,15 @@ def library() -> ctypes.CDLL | None:
         function = getattr(loaded, name)
         function.argtypes, function.restype = [_TYPES[letter] for letter in letters], None
     return loaded
+
+
+def _loaded() -> ctypes.CDLL:
+    path = _built()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # cut short, by a full disk perhaps
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_built()))
 
 
 def _built() -> Path:
@@ -67,7 +75,7 @@ def _compiler() -> str:
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         found = shutil.which(name) if name else None
         if found:
-            return os.path.realpath(found)
+            return found  # as it is called: a link to ccache compiles under the name of the link only
     raise FileNotFoundError("no C++ compiler (set CXX, or install g++ or clang++)")
 
 

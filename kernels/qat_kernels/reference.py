@@ -26,7 +26,7 @@ BLOCK_ELEMENTS_GPU = 2**24
 """Weights per block on an accelerator, where a block only bounds the scratch memory."""
 
 GRAD_BLOCK_ELEMENTS = 2**22
-"""Elements of dW alive at a time in `scale_grad`: enough to keep the matrix product efficient."""
+"""Elements of dW made at a time in `scale_grad`: enough to keep the matrix product efficient."""
 
 
 def fake_quant(
@@ -197,6 +197,7 @@ def scale_grad(
         )
         steps.mul_(torch.mm(grad_out[:, rows].t(), x))
         torch.sum(_grouped(steps, group_size), dim=-1, out=d_scale[rows])
+        del steps  # before the next ones are made
     return d_scale
 
 

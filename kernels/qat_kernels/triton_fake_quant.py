@@ -217,7 +217,7 @@ def _fake_quant_backward_kernel(
         code = rint(ratio) + zero_point
         clamped = _clamp(code, 0.0, QMAX)
         inside = clamped == code
-        d_weight = tl.where(inside, grad, 0.0)
+        d_weight = grad * inside.to(tl.float32)  # a product: what is not finite must stay so
         tl.store(d_weight_ptr + index, d_weight.to(d_weight_ptr.dtype.element_ty), mask=mask)
         d_scale += grad * (clamped - zero_point - tl.where(inside, ratio, 0.0))
         d_zero_point += d_weight - grad

@@ -5,8 +5,8 @@ The codes come in the layout of `interleave`. Four things keep the work near two
 * Codes and activations are read 8 to 16 bytes at a time.
 * A field is masked where it lies in its lane and taken for the bits of an fp32 number: a subnormal, q 2^(p - 149) for a
   field at bit p. The activation carries the factor 2^(75 - p), so that the product is q x 2^-74: no shift and no
-  conversion per weight, and the scaling by powers of two is exact for |x| < 2^52. GPUs multiply subnormals at full
-  speed. (A field may touch bit 23, the lowest of the exponent: the numbers go on evenly there, but not above.)
+  conversion per weight, and the scaling by powers of two is exact for 2^-52 < |x| < 2^52. GPUs multiply subnormals at
+  full speed. (A field may touch bit 23, the lowest of the exponent: the numbers go on evenly there, but not above.)
 * The zero point is one correction per group: sum of (q - z) x = sum of q x - z sum of x.
 * Accumulators are fp32 and stay in a thread until the end of the row.
 

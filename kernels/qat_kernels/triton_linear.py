@@ -1,8 +1,9 @@
 """The packed linear and its gradients on a GPU: which kernel serves which batch.
 
 Three kernels share `quantized_matmul`: `gemv` for a few rows of x where the weight was prepared, `matmul` for batches
-that fill a tile of the matrix unit, and above a crossover cuBLAS on a dense weight that is made a block at a time: at
-most DENSE_ELEMENTS of it exist at once. `input_grad` has the latter two. The crossovers are data (`tuning`).
+that fill a tile of the matrix unit, and above a crossover cuBLAS on a dense weight that is made a block at a time: of
+DENSE_BYTES, or of one group of every row if that is more. `input_grad` has the latter two. The crossovers are data
+(`tuning`).
 """
 
 import math
@@ -13,8 +14,8 @@ from torch import Tensor
 from qat_kernels import reference, triton_dequantize, triton_gemv, triton_matmul, triton_scale_grad, tuning
 from qat_kernels.interleave import interleave
 
-DENSE_ELEMENTS = 2**25
-"""Elements of a dense weight alive at a time: 64 MiB in bf16."""
+DENSE_BYTES = 2**26
+"""Dense weights alive at a time."""
 
 DENSE_ROWS = 256
 """Blocks of rows are a multiple of this, the side of cuBLAS's largest tiles, which also aligns each block's output."""
@@ -93,7 +94,7 @@ def _dense_matmul(
     """x W^T with blocks of rows of W."""
     (count, in_features), out_features = x.shape, packed.shape[0]
     out = torch.empty(count, out_features, dtype=x.dtype, device=x.device)
-    block = _even(out_features, max(1, DENSE_ELEMENTS // in_features), DENSE_ROWS)
+    block = _even(out_features, max(1, DENSE_BYTES // x.element_size() // in_features), DENSE_ROWS)
     for start in range(0, out_features, block):
         rows = slice(start, start + block)
         weight = triton_dequantize.dequantize(
@@ -106,6 +107,7 @@ def _dense_matmul(
             dtype=x.dtype,
         )
         torch.mm(x, weight.t(), out=out[:, rows])
+        del weight  # before the next one is made
     return out
 
 
@@ -124,7 +126,8 @@ def _dense_input_grad(
     out = torch.empty(count, in_features, dtype=grad_out.dtype, device=grad_out.device)
     group_size = -1 if group_size == in_features else group_size  # a group for each row binds no columns together
     whole = 32 if group_size == -1 else math.lcm(32, group_size)
-    block = _even(in_features, max(1, DENSE_ELEMENTS // (out_features * whole)) * whole, whole)
+    elements = DENSE_BYTES // grad_out.element_size()
+    block = _even(in_features, max(1, elements // (out_features * whole)) * whole, whole)
     for start in range(0, in_features, block):
         columns = slice(start, min(start + block, in_features))
         words = slice(start * bits // 32, -(-columns.stop * bits // 32))
@@ -139,6 +142,7 @@ def _dense_input_grad(
             dtype=grad_out.dtype,
         )
         torch.mm(grad_out, weight, out=out[:, columns])
+        del weight
     return out
 
 

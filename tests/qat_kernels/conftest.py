@@ -49,9 +49,10 @@ def triton_device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def fixed_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same launch settings on every GPU, tuned or not."""
-    monkeypatch.setattr(tuning, "table_for", lambda device: tuning.default())
+def fixed_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same launch settings on every GPU, tuned or not; at real sizes those that it gets."""
+    if "both_backends" not in request.fixturenames:
+        monkeypatch.setattr(tuning, "table_for", lambda device: tuning.default())
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,15 @@ def in_bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     from triton.runtime import interpreter
 
     given: list[tuple[int, int]] = []
-    convert, builder = interpreter._implicit_cvt, interpreter.InterpreterBuilder
+    convert, builder, launch = (
+        interpreter._implicit_cvt,
+        interpreter.InterpreterBuilder,
+        interpreter.GridExecutor.__call__,
+    )
+
+    def start(self: Any, *arguments: Any, **options: Any) -> None:
+        given.clear()  # a launch may touch its own tensors only
+        launch(self, *arguments, **options)
 
     def remember(argument: Any) -> Any:
         if isinstance(argument, torch.Tensor):
@@ -93,6 +102,7 @@ def in_bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
         return run
 
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", start)
     monkeypatch.setattr(interpreter, "_implicit_cvt", remember)
     monkeypatch.setattr(builder, "create_masked_load", checked("create_masked_load", 1))
     monkeypatch.setattr(builder, "create_masked_store", checked("create_masked_store", 2))

@@ -5,6 +5,8 @@ The tests of every op run over this backend too (`backend` in conftest.py); here
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,14 +103,24 @@ def test_a_few_rows_and_many_give_the_product_with_the_dense_weight(
         assert float((d_x - expected).norm() / expected.norm()) < tolerance, dtype
 
 
-def test_nothing_beyond_the_last_packed_row_is_read() -> None:
-    """Three-bit units are three bytes: a fourth would lie behind the tensor."""
-    packed, scale, zero_point = packed_weight(3, 32, 32)
-    x = torch.randn(2, 32)
-    y = cpu.quantized_matmul(x, packed, scale, zero_point, bits=3, group_size=32)
-    behind = torch.full((ROWS + 1, packed.shape[1]), -1, dtype=torch.int32)
-    behind[:ROWS] = packed
-    assert torch.equal(cpu.quantized_matmul(x, behind[:ROWS], scale, zero_point, bits=3, group_size=32), y)
+@pytest.mark.parametrize("group_size", [8, 24, 32])
+@pytest.mark.parametrize("bits", BITS)
+def test_nothing_beyond_the_last_packed_row_is_read(bits: int, group_size: int) -> None:
+    """Behind the codes lies a page that may not be read; with three bits the last unit is three bytes, not a word."""
+    packed, scale, zero_point = packed_weight(bits, group_size, 96)
+    memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    start = mmap.PAGESIZE - packed.nbytes
+    memory[start : mmap.PAGESIZE] = packed.numpy().tobytes()
+    last = torch.frombuffer(memory, dtype=torch.int32, count=packed.numel(), offset=start).view_as(packed)
+    libc, behind = ctypes.CDLL(None, use_errno=True), last.data_ptr() + last.nbytes
+    assert libc.mprotect(ctypes.c_void_p(behind), mmap.PAGESIZE, 0) == 0, ctypes.get_errno()
+    x, kind = torch.randn(3, 96), {"bits": bits, "group_size": group_size}
+
+    def run(weight: Tensor) -> list[Tensor]:
+        dense = cpu.dequantize(weight, scale, zero_point, **kind, in_features=96, dtype=torch.float32)
+        return [dense, cpu.quantized_matmul(x, weight, scale, zero_point, **kind)]
+
+    assert all(torch.equal(here, there) for here, there in zip(run(last), run(packed), strict=True))
 
 
 def test_strided_tensors_are_read_as_they_look() -> None:
@@ -134,14 +146,18 @@ def test_a_nan_stays_one(where: str) -> None:
         assert bool(out.isnan().any())
 
 
-def test_a_gradient_that_is_not_finite_is_not_hidden_by_the_clamp() -> None:
-    weight, grad = torch.full((1, 8), 100.0), torch.zeros(1, 8)  # every weight beyond the grid
-    grad[0, 3] = float("inf")
-    d_weight, d_scale, d_zero = cpu.fake_quant_backward(
-        grad, weight, torch.ones(1, 1), torch.zeros(1, 1), bits=2, group_size=-1
-    )
-    assert not bool(torch.isfinite(d_weight[0, 3]))
-    assert not bool(torch.isfinite(d_scale).any() or torch.isfinite(d_zero).any())
+def test_results_are_made_where_the_weight_is() -> None:
+    """Not on torch's default device, whose memory the library cannot write."""
+    scale, zero_point = grid(4, 24)
+    weight, x, packed = torch.randn(ROWS, COLUMNS), torch.randn(2, COLUMNS), packed_weight(4, 24)
+    kind: dict[str, Any] = {"bits": 4, "group_size": 24}
+    with torch.device("meta"):
+        made = [
+            cpu.fake_quant(weight, scale, zero_point, **kind, out_dtype=torch.float32),
+            cpu.dequantize(*packed, **kind, in_features=COLUMNS, dtype=torch.float32),
+            cpu.quantized_matmul(x, *packed, **kind),
+        ]
+    assert {tensor.device.type for tensor in made} == {"cpu"}
 
 
 def test_results_do_not_depend_on_the_number_of_threads(threads: Callable[[int], None]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +42,32 @@ def test_another_processor_gets_its_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(cpu_build, "_processor", lambda: "another")
     assert cpu_build.library() is not None
     assert len(built(tmp_path)) == 2
+
+
+def test_a_damaged_one_is_built_again(tmp_path: Path) -> None:
+    try:
+        library = cpu_build._built()
+    except FileNotFoundError:
+        pytest.skip("no C++ compiler")
+    library.write_bytes(b"")  # as a full disk leaves it; before it is loaded, which a process does once for each path
+    assert cpu_build.library() is not None
+    assert built(tmp_path) == [library]
+    assert library.stat().st_size
+
+
+def test_a_compiler_is_called_by_the_name_it_was_found_under(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """ccache and others that stand in a compiler's place go by that name."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "wrapper").write_text(f'#!/bin/sh\ncase $0 in */c++) exec {compiler} "$@" ;; *) exit 1 ;; esac\n')
+    (programs / "wrapper").chmod(0o755)
+    (programs / "c++").symlink_to("wrapper")
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.delenv("CXX", raising=False)
+    assert cpu_build.library() is not None
 
 
 @pytest.mark.parametrize("program", [None, "exit 1", "touch made-nothing"])

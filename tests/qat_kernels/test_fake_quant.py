@@ -145,6 +145,18 @@ def test_what_is_not_a_number_stays_so(backend: str, device: str) -> None:
     assert torch.equal(result.isnan(), wrong)
 
 
+def test_a_gradient_that_is_not_finite_is_not_hidden_by_the_clamp(backend: str, device: str) -> None:
+    """Else an update of fp16 whose gradients overflowed would be taken."""
+    weight = torch.full((1, 64), 100.0, device=device, requires_grad=True)  # every weight beyond the grid
+    scale, zero_point = torch.ones(1, 1, device=device), torch.zeros(1, 1, device=device)
+    out = qat_kernels.fake_quant(weight, scale.requires_grad_(), zero_point.requires_grad_(), bits=2, group_size=-1)
+    grad_out = torch.zeros(1, 64, device=device)
+    grad_out[0, 3] = torch.inf
+    d_weight, d_scale, d_zero = torch.autograd.grad(out, [weight, scale, zero_point], grad_out)
+    assert not bool(torch.isfinite(d_weight[0, 3]))
+    assert not bool(torch.isfinite(d_scale).any() or torch.isfinite(d_zero).any())
+
+
 def test_saves_its_inputs_and_nothing_else(backend: str, device: str) -> None:
     inputs = make_inputs((4, 64, 32), 2, torch.float32, device)
     saved: list[int] = []

@@ -159,6 +159,11 @@ def test_two_runs_are_equal(backend: str, device: str) -> None:
         ),
         ({"bias": torch.ones(4)}, r"bias must have shape \(3,\). Got: \(4,\)"),
         ({"scale": torch.ones(3, 4)}, r"scale must have shape \(3, 2\). Got: \(3, 4\)"),
+        (
+            {"prepared": torch.zeros(3, 16, dtype=torch.int32)},  # of 8 bits
+            r"prepared must have shape \(3, 4\). Got: \(3, 16\)",
+        ),
+        ({"prepared": torch.zeros(3, 4)}, r"prepared must be torch.int32. Got: torch.float32"),
     ],
 )
 def test_wrong_arguments(change: dict[str, Any], message: str) -> None:

@@ -6,6 +6,7 @@ splits leave a program without work.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -128,22 +129,26 @@ def test_dense_blocks_are_never_the_whole_weight(
     triton_device: str, bits: int, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(shape, bits, 6, torch.float32, triton_device)
-    monkeypatch.setattr(triton_linear, "DENSE_ELEMENTS", 2 * case.columns)
-    made = []
+    monkeypatch.setattr(triton_linear, "DENSE_BYTES", 2 * case.columns * case.x.element_size())
+    made: list[int] = []
+    last: list[weakref.ref[Tensor]] = []
     whole = triton_linear.triton_dequantize.dequantize
 
     def remember(*arguments: Any, **options: Any) -> Tensor:
-        made.append(whole(*arguments, **options))
-        return made[-1]
+        assert all(part() is None for part in last), "the block before is still there"
+        part = whole(*arguments, **options)
+        made.append(part.numel())
+        last[:] = [weakref.ref(part)]
+        return part
 
     monkeypatch.setattr(triton_linear.triton_dequantize, "dequantize", remember)
     assert_close(triton_linear._dense_matmul(case.x, *case.weight, **case.grid), case.x @ case.dense.t(), torch.float32)
-    assert max(part.numel() for part in made) <= 2 * case.columns
-    assert sum(part.numel() for part in made) == case.dense.numel()
+    assert max(made) <= 2 * case.columns
+    assert sum(made) == case.dense.numel()
     made.clear()
     d_x = triton_linear._dense_input_grad(case.grad_out, *case.weight, **case.grid, in_features=case.columns)
     assert_close(d_x, case.grad_out @ case.dense, torch.float32)
-    assert sum(part.numel() for part in made) == case.dense.numel()
+    assert sum(made) == case.dense.numel()
 
 
 @pytest.mark.parametrize(
