@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from qatcli.activations import advance_stream, fill_stream
+from qatcli.activations import advance_stream, fill_streams
 from qatcli.attention import NAME as TILED_ATTENTION
 from qatcli.blocktrain import Objective, Windows, build_student, export_students, output_error, train_block
 from qatcli.grid import initial_grid
@@ -344,7 +344,7 @@ def _from_model(
     config = model.source.config().get_text_config()
     arguments = model.block_arguments(seq_len, DEVICE, torch.float32)
     stream = torch.empty(windows, seq_len, config.hidden_size, dtype=dtype, device=DEVICE)
-    fill_stream(stream, model, torch.randint(0, config.vocab_size, (windows, seq_len)), DEVICE, dtype)
+    fill_streams([stream], model, torch.randint(0, config.vocab_size, (windows, seq_len)), DEVICE, dtype)
     for earlier in range(index):
         block = model.load_block(earlier, DEVICE, torch.float32)
         advance_stream(stream, block, arguments[earlier], batch_size=4, device=DEVICE)

@@ -22,7 +22,7 @@ import typer
 from torch import Tensor
 
 import qatcli
-from qatcli.activations import advance_stream, fill_stream
+from qatcli.activations import advance_stream, fill_streams
 from qatcli.blockfiles import block_quants
 from qatcli.blocktrain import (
     BlockResult,
@@ -100,7 +100,7 @@ def _prepare(recipe: Recipe, blocks: range, device: torch.device) -> Setting:
     flows = []
     for tokens in (windows.train, windows.validation):
         flows.append(torch.empty(*tokens.shape, hidden, dtype=dtype))
-        fill_stream(flows[-1], model, tokens, device, dtype)
+        fill_streams([flows[-1]], model, tokens, device, dtype)
     inputs, targets = (flows[0], flows[1]), []
     for index in range(blocks.stop):
         if index == blocks.start:

@@ -19,7 +19,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -169,11 +169,15 @@ def write_back(stream: Tensor, device: torch.device) -> Iterator[Callable[[int, 
 
 
 @torch.no_grad()
-def fill_stream(stream: Tensor, model: BlockModel, windows: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    """Write what the first block receives for `windows` int [S, T] into `stream` [S, T, H]."""
-    with write_back(stream, device) as write:
+def fill_streams(
+    streams: Sequence[Tensor], model: BlockModel, windows: Tensor, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Write what the first block receives for `windows` int [S, T] into each of `streams` [S, T, H]."""
+    with ExitStack() as stack:
+        writers = [stack.enter_context(write_back(stream, device)) for stream in streams]
         for index, hidden in enumerate(model.first_inputs(windows, device, torch.float32)):
-            write(index, hidden.to(dtype))
+            for write in writers:
+                write(index, hidden.to(dtype))
 
 
 @torch.no_grad()

@@ -50,6 +50,7 @@ class BlockResult:
 
 
 Grid = tuple[Tensor, Tensor]  # scale, zero point
+KINDS_OF_BLOCKS = 256  # with each size of batch; torch compiles 8 by itself and runs the others uncompiled
 
 
 def build_student(
@@ -233,9 +234,12 @@ def export_students(students: dict[str, FakeQuantLinear]) -> dict[str, Quantized
 
 def _compiled(device: torch.device, choice: bool | None) -> Callable[..., Tensor]:
     """`run_block`, compiled where the recipe says so. Not on a CPU by itself: a step of SmolLM2 took 10 % longer."""
-    wanted = device.type == "cuda" if choice is None else choice
-    # Not dynamic: a resumed run meets the batches of other sizes in another order, and has to get the same kernels.
-    return torch.compile(run_block, dynamic=False) if wanted else run_block
+    if not (device.type == "cuda" if choice is None else choice):
+        return run_block
+    # A resumed run meets other blocks and batches first and has to get the same kernels: so no shape may become
+    # dynamic, and no kind of block (bits, group sizes, attention) may come too late to be compiled.
+    torch._dynamo.config.recompile_limit = max(KINDS_OF_BLOCKS, torch._dynamo.config.recompile_limit)
+    return torch.compile(run_block, dynamic=False)
 
 
 def _batches(count: int, size: int, shuffle: bool, generator: torch.Generator) -> tuple[Tensor, ...]:

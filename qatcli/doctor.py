@@ -147,7 +147,7 @@ def _devices() -> Iterator[Finding]:
             properties = torch.cuda.get_device_properties(device)
             text = f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
             text += f"{machine.device_memory(device) / GIB:.1f} of {properties.total_memory / GIB:.1f} GiB free"
-            half = torch.cuda.is_bf16_supported()
+            half = compute_dtype("auto", device) == torch.bfloat16
             fix = "" if half else "it computes in float32; a newer GPU is several times faster"
             yield Finding("devices", f"cuda:{index}", "ok" if half else "note", text, fix)
         yield Finding("devices", "CUDA", "ok", f"torch {torch.__version__} for CUDA {torch.version.cuda}")

@@ -24,12 +24,13 @@ def token_loss(
     """Sum over target tokens of (1 - text_weight) KL(teacher || student) + text_weight cross-entropy(text).
 
     Logits [B, T, V]; position t predicts token t + 1, which counts when its mask is true. Without a teacher it is the
-    cross-entropy alone.
+    cross-entropy alone. tokens and mask may be on the host, where the number of targets is known without waiting.
     """
-    counted = F.pad(mask[:, 1:], (0, 1)).flatten().nonzero().flatten()
+    counted, text = F.pad(mask[:, 1:], (0, 1)).flatten().nonzero().flatten(), tokens.roll(-1, 1).flatten()
+    counted, text = (each.to(student.device, non_blocking=True) for each in (counted, text))
     theirs = None if teacher is None else teacher.flatten(0, 1)
     weight = 1.0 if teacher is None else text_weight
-    loss: Tensor = _TokenLoss.apply(student.flatten(0, 1), theirs, tokens.roll(-1, 1).flatten(), counted, weight)
+    loss: Tensor = _TokenLoss.apply(student.flatten(0, 1), theirs, text, counted, weight)
     return loss
 
 
@@ -92,4 +93,4 @@ class _TokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_out.to(gradient.dtype), None, None, None, None
+        return gradient.mul_(grad_out.to(gradient.dtype)), None, None, None, None

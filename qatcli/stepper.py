@@ -99,7 +99,8 @@ class Stepper:
     def offer(self, loss: float, *, always: bool = False) -> None:
         """Keep the present state if its `loss` is the lowest so far, or `always`."""
         if loss < self.best_loss or always:
-            self.best_loss, self.best = loss, snapshot(self.parameters)
+            self.best_loss = loss
+            restore(self.best, self.parameters)  # into the memory of the best one before
 
     def restore_best(self) -> None:
         """Put the best state back."""

@@ -113,7 +113,7 @@ def compute_dtype(amp: str, device: torch.device) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, amp)
         return dtype
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     capability = torch.backends.cpu.get_cpu_capability()
     native = capability.startswith("AVX512") and _cpu_has_bf16()
     return torch.bfloat16 if native else torch.float32
@@ -125,10 +125,10 @@ def snapshot(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def restore(parameters: Iterable[Tensor], saved: list[Tensor]) -> None:
-    """Put a snapshot back."""
-    for parameter, value in zip(parameters, saved, strict=True):
-        parameter.copy_(value)
+def restore(tensors: Iterable[Tensor], saved: Iterable[Tensor]) -> None:
+    """Put a snapshot back, or the values of parameters into a snapshot."""
+    for tensor, value in zip(tensors, saved, strict=True):
+        tensor.copy_(value)
 
 
 def _cpu_has_bf16() -> bool:

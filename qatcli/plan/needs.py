@@ -153,8 +153,7 @@ def block_ap(s: Setting) -> list[Phase]:
         phases.append(Phase("error feedback", {**parameters, "trained block": FP32 * block}, work, dict(beside)))
     if config.epochs:
         trained = block + 2 * groups_of(quants)
-        # Adam's two moments; the best iterate, of which there are two while a better one is copied.
-        optimizer = {"optimizer": 2 * FP32 * trained, "best iterate": 2 * FP32 * trained}
+        optimizer = {"optimizer": 2 * FP32 * trained, "best iterate": FP32 * trained}  # Adam's two moments
         kept = passes.training
         if s.looks_ahead:  # its activations are freed before the gradients of the block itself are made
             following = model.passes("dense", config.batch_size, seq_len, torch.float32, dtype)
@@ -214,6 +213,8 @@ def evaluate(s: Setting) -> list[Phase]:
     packed = full + _quantized(model) * (dtype.itemsize - stored) if s.on_cpu else pack_bytes(s)
     rounded = FP32 * model.total if "round_to_nearest" in config.baselines else 0
     alone = full if "full_precision" in config.baselines and not config.kl else 0
+    if not s.on_cpu and (config.speed or config.prompts):  # decoding makes a second copy of the codes (PackedLinear)
+        packed += sum(packed_bytes(q, scale=0) for q in model.linears.values())
     models = {"full precision": full if config.kl else 0, "measured model": max(packed, rounded, alone)}
     work = 0
     for text in config.perplexity:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatcli.activations import StreamBudget, advance_stream, check_range, fill_stream, stream_budget
+from qatcli.activations import StreamBudget, advance_stream, check_range, fill_streams, stream_budget
 from qatcli.attention import use_tiled_attention
 from qatcli.blockfiles import (
     block_events,
@@ -198,12 +198,18 @@ def _train(
     for name, quant in quants.items():
         _, scale, zero_point = read_linear(initial, name, quant)
         grids[name] = (scale.to(job.device), zero_point.float().to(job.device))
-    hessians = None
-    if config.rounding == "gptq":
+
+    def hessians() -> dict[str, Tensor]:
         sample = train.inputs[: recipe.calibrate.moment_samples or len(train.inputs)]
-        hessians = input_hessians(block.module, prefix, list(quants), sample, block.arguments, job.device)
+        return input_hessians(block.module, prefix, list(quants), sample, block.arguments, job.device)
+
     students = build_student(
-        block.module, prefix, quants, grids, zero_points=recipe.quant.zero_points, hessians=hessians
+        block.module,
+        prefix,
+        quants,
+        grids,
+        zero_points=recipe.quant.zero_points,
+        hessians=hessians() if config.rounding == "gptq" else None,  # as large as the block: not to be kept by a name
     )
     errors = [each.error for each in (block, following) if each is not None]
     result: BlockResult = train_block(
@@ -241,8 +247,7 @@ def _open_streams(
     student = budget.allocate(f"{name}-student", shape, dtype)
     ahead = job.recipe.block_ap.lookahead and len(model) > 1
     following = budget.allocate(f"{name}-following", shape, dtype) if ahead else None
-    fill_stream(target, model, windows, job.device, dtype)
-    student.copy_(target)
+    fill_streams([target, student], model, windows, job.device, dtype)
     return _Streams(target, student, following)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_kernels import quantize
-from qatcli.activations import SWEEP_BATCH, advance_stream, check_range, fill_stream, stream_budget
+from qatcli.activations import SWEEP_BATCH, advance_stream, check_range, fill_streams, stream_budget
 from qatcli.attention import use_tiled_attention
 from qatcli.blockfiles import block_quants, finish, finished_blocks, save_block
 from qatcli.data import check_source, load_windows, sample_windows, save_windows
@@ -108,7 +108,7 @@ def _blocks_with_moments(job: Job, model: BlockModel, windows: Tensor) -> Any:
         budget = stream_budget(job.device, Path(cache.dir or job.out), device_gb=cache.device_gb, host_gb=cache.host_gb)
         hidden = model.hidden_size
         stream = budget.allocate("calibrate", (*windows.shape, hidden), dtype)
-        fill_stream(stream, model, windows, job.device, dtype)
+        fill_streams([stream], model, windows, job.device, dtype)
         arguments = model.block_arguments(windows.shape[1], job.device, torch.float32)
     for index in range(len(model)):
         block = model.load_block(index, job.device, torch.float32)

@@ -153,16 +153,15 @@ class _Trainer:
 
     def _loss(self, text: Windows, dtype: torch.dtype) -> Tensor:
         """Sum of the loss over the target tokens."""
-        device = self.job.device
-        tokens, mask = text.tokens.to(device, torch.long), text.mask.to(device)
-        inputs = {"input_ids": tokens, "use_cache": False}
+        device, tokens = self.job.device, text.tokens.long()
+        inputs = {"input_ids": tokens.to(device), "use_cache": False}
         target = None
         if self.teacher is not None:
             with torch.no_grad(), autocast(device, self.dtype):
                 target = self.teacher(**inputs).logits
         with autocast(device, dtype):
             logits = self.student(**inputs).logits
-        return token_loss(logits, target, tokens, mask, text_weight=self.config.text_weight)
+        return token_loss(logits, target, tokens, text.mask, text_weight=self.config.text_weight)
 
     @torch.no_grad()
     def validate(self, dtype: torch.dtype) -> float:

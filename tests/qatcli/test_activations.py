@@ -14,7 +14,7 @@ from qatcli import activations, machine
 from qatcli.activations import (
     StreamBudget,
     advance_stream,
-    fill_stream,
+    fill_streams,
     in_order,
     read_batches,
     stream_budget,
@@ -241,11 +241,11 @@ def test_fill_writes_what_the_first_block_receives() -> None:
             for window in windows:
                 yield window[None, :, None].to(dtype).expand(1, 5, 8) / 3
 
-    stream = torch.zeros(SHAPE, dtype=torch.bfloat16)
+    streams = [torch.zeros(SHAPE, dtype=torch.bfloat16) for _ in range(2)]
     windows = torch.arange(30, dtype=torch.int32).reshape(6, 5)
-    fill_stream(stream, Model(), windows, CPU, torch.bfloat16)  # type: ignore[arg-type]
+    fill_streams(streams, Model(), windows, CPU, torch.bfloat16)  # type: ignore[arg-type]
     expected = (windows[..., None].expand(SHAPE) / 3).bfloat16()
-    assert torch.equal(stream, expected)
+    assert all(torch.equal(stream, expected) for stream in streams)
 
 
 @pytest.mark.gpu

@@ -265,6 +265,31 @@ def test_a_compiled_block_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results[1].validation == pytest.approx(results[0].validation, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_no_kind_of_block_comes_too_late_to_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten sizes of batches stand for ten kinds of blocks: what is compiled must not depend on what was before."""
+    calls = 0
+
+    def backend(module: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        def run(*inputs: Tensor) -> Any:
+            nonlocal calls
+            calls += 1
+            return module.forward(*inputs)
+
+        return run
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=backend, **options))
+    torch._dynamo.reset()
+    for size in range(1, 11):
+        calls = 0
+        setting = Setting()
+        setting.train = Windows(*(stream[:size] for stream in setting.train.streams))
+        setting.run(epochs=1, batch_size=size, compile=True)
+        assert calls == 1, size
+    torch._dynamo.reset()
+
+
 def test_reading_verdicts_late_changes_no_bit() -> None:
     states = []
     for late in (0, 1):

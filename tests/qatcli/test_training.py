@@ -167,7 +167,7 @@ def test_compute_dtype(
     monkeypatch: pytest.MonkeyPatch, amp: str, device: str, hardware: bool, expected: torch.dtype
 ) -> None:
     """bf16 by itself only where the hardware multiplies it: emulated, it is slower than fp32."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: hardware)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: hardware or including_emulation)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
