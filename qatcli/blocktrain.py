@@ -16,6 +16,7 @@ from qatcli.grid import ZeroPoints
 from qatcli.linear import FakeQuantLinear, replace_modules
 from qatcli.losses import downstream_error, relative_error, squared_error
 from qatcli.models.blocks import run_block
+from qatcli.moments import watched_inputs
 from qatcli.packed import ModuleQuant, QuantizedLinear
 from qatcli.recipe.schema import BlockApSection
 from qatcli.stepper import Stepper
@@ -95,29 +96,19 @@ def input_hessians(
     # q, k and v receive the same tensor: its product is computed once. The tensor is kept so that its id stays its own.
     shared: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def collect(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            if id(x) not in shared:
-                rows = x.reshape(-1, x.shape[-1]).float()
-                with torch.autocast(device.type, enabled=False):
-                    shared[id(x)] = (x, rows.T @ rows)
-            product = shared[id(x)][1]
-            sums[name] = sums[name] + product if name in sums else product
+    def collect(name: str, x: Tensor) -> None:
+        if id(x) not in shared:
+            rows = x.reshape(-1, x.shape[-1]).float()
+            with torch.autocast(device.type, enabled=False):
+                shared[id(x)] = (x, rows.T @ rows)
+        product = shared[id(x)][1]
+        sums[name] = sums[name] + product if name in sums else product
 
-        return hook
-
-    handles = [
-        block.get_submodule(name.removeprefix(prefix + ".")).register_forward_pre_hook(collect(name)) for name in names
-    ]
-    try:
+    with watched_inputs({name: block.get_submodule(name.removeprefix(prefix + ".")) for name in names}, collect):
         for (window,) in read_batches([inputs], in_order(len(inputs), 1), device):
             with autocast(device, inputs.dtype):
                 run_block(block, window, arguments)
             shared.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
     return sums
 
 

@@ -36,6 +36,8 @@ RESUME_FILES = "resume.*"  # what continuing needs, and a finished stage does no
 LOG_FILE = "log.jsonl"
 REMAKE = "restore the file, or run the stage again with --restart"
 WRITING = ".writing"  # suffix of a file until it is whole
+PARTIAL = ".partial"  # suffix of a directory until its stage is finished
+REPLACED = ".replaced"  # suffix of a finished one while another takes its place
 FACTS = {"stage": str, "kind": str, "identity": dict, "recipe": dict, "metrics": dict, "files": dict}  # of stage.json
 
 
@@ -56,13 +58,23 @@ class StageDirectory:
         return _digest({key: self.facts[key] for key in ("kind", "identity", "files")})
 
 
+def partial_of(path: Path) -> Path:
+    """Where the stage directory `path` is made."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def stage_of(path: Path) -> str:
+    """The name of the stage that a directory belongs to, finished, unfinished or replaced."""
+    return path.name.removesuffix(PARTIAL).removesuffix(REPLACED)
+
+
 def open_stage(path: Path, *, kinds: tuple[str, ...] = ()) -> StageDirectory:
     """Open a finished stage and verify every file's digest.
 
     InputError when it is absent, unfinished, of another kind, from another format version, or damaged.
     """
     if not os.path.isfile(path / STAGE_FILE):  # false, and no error, for a name that no file can have
-        if os.path.isdir(f"{path}.partial"):
+        if os.path.isdir(f"{path}{PARTIAL}"):
             raise InputError(
                 f"{path} is not finished", hint=f"run `qat {path.name}` again: it continues where it stopped"
             )
@@ -157,7 +169,7 @@ def _open_lock(file: Path) -> IO[str]:
 
 def recover(path: Path) -> None:
     """Finish a commit that was killed between its renames: the new result is whole by then."""
-    old, partial = path.with_name(path.name + ".replaced"), path.with_name(path.name + ".partial")
+    old, partial = path.with_name(path.name + REPLACED), partial_of(path)
     if not path.exists() and old.is_dir():
         os.rename(partial if (partial / STAGE_FILE).is_file() else old, path)
     _discard(old)
@@ -176,7 +188,7 @@ def begin(path: Path, identity: dict[str, Any], *, restart: bool) -> Path:
     InputError names what differs when an interrupted run had another identity and has made something.
     """
     check()
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     if not restart and (partial / RESUME_FILE).is_file():
         for file in (partial, *partial.rglob("*")):
             if file.is_symlink():
@@ -208,7 +220,7 @@ def _cut_torn_line(log: Path) -> None:
 
 def is_begun(path: Path, identity: dict[str, Any]) -> bool:
     """Whether an unfinished run with this `identity` can be continued."""
-    file = path.with_name(path.name + ".partial") / RESUME_FILE
+    file = partial_of(path) / RESUME_FILE
     return file.is_file() and read_json(file) == identity
 
 
@@ -230,7 +242,7 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any], path: Path) -> None
 
 def _command(path: Path, identity: dict[str, Any]) -> str:
     """The command that makes the stage directory `path`."""
-    name = path.name.removesuffix(".partial")
+    name = stage_of(path)
     if "variant" in identity:
         return f"export --format {name}"
     is_baseline = path.parent.name == "gptq" and not (path.parent / "calibrate").exists()  # no run of that name
@@ -260,7 +272,7 @@ def _rename(partial: Path, path: Path) -> None:
     if not path.exists():
         os.rename(partial, path)
         return
-    old = path.with_name(path.name + ".replaced")
+    old = path.with_name(path.name + REPLACED)
     os.rename(path, old)
     try:
         os.rename(partial, path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +26,34 @@ def input_moments(block: nn.Module, prefix: str) -> Iterator[dict[str, Tensor]]:
     moments: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
 
-    def collect(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            squares = args[0].float().square().flatten(0, -2)
-            power = squares.sum(0)
-            moments[name] = moments[name] + power if name in moments else power
-            tokens[name] = tokens.get(name, 0) + len(squares)
+    def collect(name: str, x: Tensor) -> None:
+        squares = x.float().square().flatten(0, -2)
+        power = squares.sum(0)
+        moments[name] = moments[name] + power if name in moments else power
+        tokens[name] = tokens.get(name, 0) + len(squares)
 
-        return hook
-
-    linears = [(f"{prefix}.{name}", module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    handles: list[Any] = [module.register_forward_pre_hook(collect(name)) for name, module in linears]
+    linears = {f"{prefix}.{name}": module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     try:
-        yield moments
+        with watched_inputs(linears, collect):
+            yield moments
+    finally:
+        for name, count in tokens.items():
+            moments[name] = moments[name] / count
+
+
+@contextmanager
+def watched_inputs(modules: Mapping[str, nn.Module], collect: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `collect` with the name of every one of these modules that runs, and with what it receives."""
+
+    def hook(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        collect(name, inputs[0])
+
+    handles = [module.register_forward_pre_hook(partial(hook, name)) for name, module in modules.items()]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
-        for name, count in tokens.items():
-            moments[name] = moments[name] / count
 
 
 @torch.no_grad()

@@ -126,16 +126,13 @@ def _speeds(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
         rates = [f"{speed[kind]:,.1f}" for kind in ("prefill", "decode")]
         table.add_row(labels[name], *rates, _mib(speed["weight_bytes"]), _mib(peak))
     threads = conditions["threads"]
+    dtypes = ", ".join(sorted({found["speed"]["dtype"] for found in metrics["models"].values()}))
     caption = (
         f"one sequence, {conditions['prompt_tokens']} tokens read, {conditions['new_tokens']} generated, median of "
-        f"{conditions['repeats']}, weights and arithmetic in {_types(metrics)}; {conditions['device']}, "
+        f"{conditions['repeats']}, weights and arithmetic in {dtypes}; {conditions['device']}, "
         f"{threads} thread{'s' * (threads != 1)}, load {conditions['load']}; peak: what loading and running added"
     )
     return Group(table, Text(caption))
-
-
-def _types(metrics: dict[str, Any]) -> str:
-    return ", ".join(sorted({found["speed"]["dtype"] for found in metrics["models"].values()}))
 
 
 def _samples(prompts: list[str], samples: dict[str, list[str]]) -> Table:

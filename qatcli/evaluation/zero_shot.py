@@ -104,8 +104,9 @@ def run_suite(
 
     lm = RowModel(model, tokenizer, batch_tokens=batch_tokens, dtype=dtype, log=log, title=title)
     found = evaluate(lm, suite.loaded, limit=suite.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
+    shots, rows = found["n-shot"], found["n-samples"]
     tasks = {
-        name: _figures(figures) | {"shots": found["n-shot"].get(name), "rows": _rows(found, name)}
+        name: _figures(figures) | {"shots": shots.get(name), "rows": rows.get(name, {}).get("effective")}
         for name, figures in found["results"].items()
     }
     return {"tasks": tasks, "average": average([tasks[name] for name in suite.names if name in tasks])}
@@ -136,18 +137,11 @@ def _figures(figures: dict[str, Any]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for key, value in figures.items():
         if "," in key:
-            metrics.setdefault(key.split(",")[0], value if _is_number(value) else None)
+            known = isinstance(value, int | float) and math.isfinite(value)
+            metrics.setdefault(key.split(",")[0], value if known else None)
     metric = "acc" if "acc" in metrics else next(iter(metrics), "")
     errors = metrics.get(f"{metric}_stderr")
     return {"metric": metric, "value": metrics.get(metric), "stderr": errors, "all": metrics}
-
-
-def _rows(found: Any, name: str) -> int | None:
-    return found["n-samples"].get(name, {}).get("effective")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _fingerprint(task: Any) -> str:

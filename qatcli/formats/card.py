@@ -22,7 +22,10 @@ def model_card(
     """README.md in Markdown with Hugging Face front matter."""
     config = checkpoint.config
     kinds = Counter((quant.bits, quant.group_size) for quant in checkpoint.modules.values())
-    rows = "\n".join(f"| {bits} | {_group(group)} | {count} |" for (bits, group), count in sorted(kinds.items()))
+    rows = "\n".join(
+        f"| {bits} | {'one per row' if group == -1 else group} | {count} |"
+        for (bits, group), count in sorted(kinds.items())
+    )
     base = str(config.get("_name_or_path") or "/")
     front = "" if format_name == "gguf" else "library_name: transformers\n"
     front += f"base_model: {base}\n" if not base.startswith(("/", ".")) else ""
@@ -70,7 +73,3 @@ def deployments_of(out: Path) -> str:
         f"  {f'{runtime} {releases}':<{width}}  {command}{'  # ' if command and remark else ''}{remark}".rstrip()
         for runtime, releases, command, remark in rows
     )
-
-
-def _group(size: int) -> str:
-    return "one per row" if size == -1 else str(size)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
@@ -28,20 +30,13 @@ def _group_size(value: int) -> int:
     return value
 
 
-def _source(value: str, info: ValidationInfo) -> str:
-    return value if info.context is None else locations.resolve_source(value, info.context)
+def _read_by(resolve: Callable[[str, Path], str]) -> AfterValidator:
+    """Resolves what names a place, relative to the recipe's folder where that is given (as the context)."""
 
+    def place(value: str, info: ValidationInfo) -> str:
+        return value if info.context is None else resolve(value, info.context)
 
-def _text(value: str, info: ValidationInfo) -> str:
-    return value if info.context is None else locations.resolve_text(value, info.context)
-
-
-def _folder(value: str, info: ValidationInfo) -> str:
-    return value if info.context is None else locations.absolute(value, info.context)
-
-
-def _data_folder(value: str, info: ValidationInfo) -> str:
-    return value if info.context is None else locations.resolve_folder(value, info.context)
+    return AfterValidator(place)
 
 
 Number = BeforeValidator(_not_a_boolean)
@@ -53,10 +48,10 @@ Rate = Annotated[float, Number, Field(ge=0)]
 Positive = Annotated[float, Number, Field(gt=0)]
 DecayFactor = Annotated[float, Number, Field(ge=1)]
 GroupSize = Annotated[int, Number, AfterValidator(_group_size)]
-Source = Annotated[Name, AfterValidator(_source)]
-Text = Annotated[Name, AfterValidator(_text)]
-Folder = Annotated[Name, AfterValidator(_folder)]
-DataFolder = Annotated[Name, AfterValidator(_data_folder)]
+Source = Annotated[Name, _read_by(locations.resolve_source)]
+Text = Annotated[Name, _read_by(locations.resolve_text)]
+Folder = Annotated[Name, _read_by(locations.absolute)]
+DataFolder = Annotated[Name, _read_by(locations.resolve_folder)]
 
 
 class Section(BaseModel):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qatcli import __version__
-from qatcli.directory import LOG_FILE, STAGE_FILE, at_work
+from qatcli.directory import LOG_FILE, STAGE_FILE, at_work, partial_of, stage_of
 from qatcli.errors import InputError
 from qatcli.events import Log, read_log
 from qatcli.expectations import check
@@ -77,7 +77,7 @@ def collect(run_dir: Path, *, under_way: bool = False) -> dict[str, Any]:
 def _stage(run_dir: Path, name: str, problems: list[str]) -> dict[str, Any]:
     """What is known of one stage; `waiting` when nothing is there."""
     path = run_dir / name
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     working = at_work(path)
     facts: dict[str, Any] = {}
     if (path / STAGE_FILE).exists():
@@ -191,13 +191,11 @@ def _export(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def _export_names(run_dir: Path) -> list[str]:
     folder = run_dir / "export"
-    names = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
-    return sorted({name.removesuffix(".partial").removesuffix(".replaced") for name in names})
+    return sorted({stage_of(path) for path in folder.iterdir() if path.is_dir()}) if folder.is_dir() else []
 
 
 def _no_run(run_dir: Path) -> InputError:
-    stages = {name + suffix for name in (*CHAIN, *OUTSIDE_CHAIN) for suffix in ("", ".partial")}
     logs = (Path(folder) for folder, _, files in os.walk(run_dir) if LOG_FILE in files)
-    below = sorted({str(log.parent) for log in logs if log.name in stages})
+    below = sorted({str(log.parent) for log in logs if stage_of(log) in (*CHAIN, *OUTSIDE_CHAIN)})
     hint = f"runs below it: {', '.join(below[:5])}" if below else "start one with `qat run RECIPE`"
     return InputError(f"{run_dir} is not a run directory: it holds no stage", hint=hint)

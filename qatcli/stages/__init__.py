@@ -129,7 +129,7 @@ def run_stage(
             directory.refuse_changes(finished.facts["identity"], identity, path)
             log.say(f"{name}: already finished in {path}")
             return finished
-        if doubt := require(recipe, name, variant, device=chosen, out=path.with_name(path.name + ".partial")):
+        if doubt := require(recipe, name, variant, device=chosen, out=directory.partial_of(path)):
             log.warn(doubt)
         partial = directory.begin(path, identity, restart=restart)
         return _run(name, stage, Job(recipe, given, partial, run_dir, log, chosen, variant), path, identity)
@@ -141,7 +141,7 @@ def require_room(names: Iterable[str], recipe: Recipe, run_dir: Path, device: st
 
     chosen = choose_device(device)
     for name in names:
-        require(recipe, name, "", device=chosen, out=run_dir / f"{name}.partial")
+        require(recipe, name, "", device=chosen, out=directory.partial_of(run_dir / name))
 
 
 def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]) -> StageDirectory:
@@ -191,7 +191,7 @@ def _open_input(stage: Stage, recipe: Recipe, run_dir: Path, source: Path | None
             found = directory.open_stage(run_dir / predecessor, kinds=stage.reads)
             _refuse_another_recipe(predecessor, found, recipe)
             return found
-        if (run_dir / f"{predecessor}.partial").is_dir():
+        if directory.partial_of(run_dir / predecessor).is_dir():
             break
     missing = run_dir / stage.after[0]
     raise InputError(

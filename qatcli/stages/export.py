@@ -49,7 +49,7 @@ def run(job: Job) -> dict[str, Any]:
 def _verify(job: Job, checkpoint: PackedCheckpoint, written: Path, options: ExportOptions) -> None:
     """Write verify.json, or remove what was written and raise VerificationError."""
     runtimes = FORMATS[job.variant].runtimes if options.runtimes else ()
-    job.log.say(f"{job.variant}: written; reading it back{f', then in {_listed(runtimes)}' if runtimes else ''}")
+    job.log.say(f"{job.variant}: written; reading it back" + f", then in {' and '.join(runtimes)}" * bool(runtimes))
     verification = FORMATS[job.variant].verify(checkpoint, written, options)
     if not options.runtimes:
         verification = verification.with_note("not loaded in any library: export.runtimes is false")
@@ -72,10 +72,6 @@ def summary(verification: Verification) -> str:
         return line
     largest, allowed = verification.max_logit_difference, verification.logit_tolerance
     return f"{line}; logits differ by at most {largest:.3g}, {allowed:.3g} is allowed"
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return " and ".join(names)
 
 
 def export_options(section: ExportSection) -> ExportOptions:
