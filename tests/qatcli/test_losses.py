@@ -91,6 +91,24 @@ def test_losses_of_bf16_logits_are_computed_in_fp32(batch: tuple[Tensor, ...]) -
         assert float(loss) == float(exact)
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_not_waited_for(batch: tuple[Tensor, ...]) -> None:
+    """Which tokens count is known on the host: asking the device would wait for the whole forward pass."""
+    student, teacher, tokens, mask = batch
+    on_device = student.cuda().requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = token_loss(on_device, teacher.cuda(non_blocking=True), tokens, mask, text_weight=0.5)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    student.requires_grad_()
+    expected = token_loss(student, teacher, tokens, mask, text_weight=0.5)
+    expected.backward()
+    torch.testing.assert_close(loss.cpu(), expected)
+    torch.testing.assert_close(on_device.grad.cpu(), student.grad)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("text_weight", [0, 0.3, 1])
 def test_gradients_are_those_of_the_definition(text_weight: float) -> None:
     """Over more tokens than one block of rows holds, and a last block that is not full."""
