@@ -131,7 +131,7 @@ def locked(path: Path) -> Iterator[None]:
                 raise UsageError(
                     f"{path} is being written by {holder}", hint="wait for it, stop it, or choose another --run"
                 ) from None
-            if not (file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat())):
+            if not _is_at(file, handle):
                 continue  # the holder before us removed the file between our opening and locking it
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -139,8 +139,13 @@ def locked(path: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                file.unlink()
+                if _is_at(file, handle):  # else somebody removed it, and it may be another's now
+                    file.unlink()
             return
+
+
+def _is_at(file: Path, handle: IO[str]) -> bool:
+    return file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat())
 
 
 def at_work(path: Path) -> bool:

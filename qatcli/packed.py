@@ -163,6 +163,8 @@ class PackedCheckpoint:
             modules = {name: _read_quant(entry) for name, entry in quantization["modules"].items()}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{path}/config.json: quantization_config.modules is malformed ({error})") from error
+        if not modules:
+            raise InputError(f"{path} has no quantized linear", hint="there is nothing to train or to export")
         shards = shard_map(path)
         missing = [n + s for n in modules for s in (PACKED, SCALE, ZERO_POINT) if n + s not in shards]
         if missing:

@@ -172,7 +172,8 @@ def _quality(
 
     found: dict[str, Any] = {"perplexity": {}, "divergence": {}, "zero_shot": None}
     for name, windows in subject.windows.items():
-        protocol = {"perplexity": _digest(windows), "windows": list(windows.shape)}
+        digest = hashlib.sha256(windows.long().numpy().tobytes()).hexdigest()
+        protocol = {"perplexity": digest, "windows": list(windows.shape)}
         found["perplexity"][name] = kept(protocol, partial(_perplexity, subject, name, windows, device, dtype, log))
         if base is not None and subject is not base:
             apart = divergence(
@@ -271,10 +272,6 @@ def _continue(subject: Subject, prompt: str, config: EvalSection, device: torch.
         for tokens in (inputs["input_ids"][0], output[0])
     )
     return after.removeprefix(before)
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.to(torch.int64).numpy().tobytes()).hexdigest()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -101,8 +101,6 @@ def refuse_quantized_head(checkpoint: PackedCheckpoint, format_name: str) -> Non
 
 def majority(checkpoint: PackedCheckpoint) -> tuple[int, int]:
     """The (bits, group_size) most linears have."""
-    if not checkpoint.modules:
-        raise InputError(f"{checkpoint.path} has no quantized linear", hint="nothing to export")
     return Counter((q.bits, q.group_size) for q in checkpoint.modules.values()).most_common(1)[0][0]
 
 

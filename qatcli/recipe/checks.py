@@ -208,7 +208,8 @@ def check_group_sizes(recipe: Recipe, in_features: Mapping[str, int]) -> None:
 
 
 def check_patterns(recipe: Recipe, in_blocks: Collection[str], others: Collection[str]) -> None:
-    """Raise RecipeError for a pattern of `quant` that no linear of the model has: it would do nothing, without a word.
+    """Raise RecipeError for a pattern of `quant` that no linear of the model has: it would do nothing, without a word;
+    or when all linears are skipped.
 
     `in_blocks` are the names of the linears that are quantized where nothing is said, `others` those outside of blocks,
     which `quant.skip` may name; its default names one that not all models have.
@@ -225,6 +226,8 @@ def check_patterns(recipe: Recipe, in_blocks: Collection[str], others: Collectio
     if lines:
         hint = f"patterns are of whole names (`*.down_proj`); the model has {_some(sorted(in_blocks))}"
         raise RecipeError("\n".join(lines), hint=hint)
+    if all(any(fnmatchcase(name, pattern) for pattern in recipe.quant.skip) for name in in_blocks):
+        raise RecipeError("quant.skip names every linear of the model", hint="leave one out: nothing is quantized")
 
 
 def check_context(recipe: Recipe, section: Literal["calibrate", "e2e_qp"], context: int | None) -> None:

@@ -200,7 +200,7 @@ def _train(
         grids[name] = (scale.to(job.device), zero_point.float().to(job.device))
 
     def hessians() -> dict[str, Tensor]:
-        sample = train.inputs[: recipe.calibrate.moment_samples or len(train.inputs)]
+        sample = train.inputs[: recipe.calibrate.moment_samples]
         return input_hessians(block.module, prefix, list(quants), sample, block.arguments, job.device)
 
     students = build_student(

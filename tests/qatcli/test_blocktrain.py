@@ -442,3 +442,9 @@ def test_error_feedback_starts_closer_than_rounding_to_nearest() -> None:
         build_student(block, PREFIX, quants, grids, zero_points="any", hessians=hessians)
         losses.append(validation_loss(Objective(block, {}, [output_error("mse", READERS)]), windows, 8, CPU))
     assert losses[1] < 0.9 * losses[0]
+
+
+def test_without_keep_best_a_last_iterate_that_is_not_finite_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, 0.5, float("nan")])
+    monkeypatch.setattr("qatcli.blocktrain.validation_loss", lambda *_: next(losses))
+    assert Setting().run(epochs=2, keep_best=False).after == 0.5

@@ -424,3 +424,51 @@ def test_a_foreign_checkpoint_is_identified_by_its_content(tmp_path: Path) -> No
     assert first.digest != foreign_checkpoint(tmp_path / "b").digest
     with pytest.raises(InputError, match="not a directory"):
         foreign_checkpoint(tmp_path / "missing")
+
+
+def test_what_is_renamed_is_on_disk_and_then_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        order.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def renamed(old: Path, new: Path) -> None:
+        order.append("renamed")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    finish(tmp_path / "block-ap")
+    at, partial = order.index("renamed"), f"{tmp_path}/block-ap.partial"
+    files = ("resume.json.writing", "model.safetensors", "sub/more.json", "stage.json.writing", "stage.json")
+    assert {partial, *(f"{partial}/{name}" for name in files)} <= set(order[:at])
+    assert str(tmp_path) in order[at:]
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was removed between opening and locking: another process would lock a new file of that name."""
+    path, open_lock, opened = tmp_path / "block-ap", directory._open_lock, []
+
+    def removed_once(file: Path) -> Any:
+        opened.append(open_lock(file))
+        if len(opened) == 1:
+            file.unlink()
+        return opened[-1]
+
+    monkeypatch.setattr(directory, "_open_lock", removed_once)
+    with locked(path):
+        assert len(opened) == 2
+        assert directory.at_work(path)
+
+
+def test_a_lock_that_somebody_removed_is_not_missed_at_the_end(tmp_path: Path) -> None:
+    """Nor is that of another, who has locked a new file since, taken away."""
+    path = tmp_path / "block-ap"
+    with locked(path):
+        (tmp_path / "block-ap.lock").unlink()
+    with locked(path):
+        (tmp_path / "block-ap.lock").unlink()
+        (tmp_path / "block-ap.lock").write_text("another's")
+    assert (tmp_path / "block-ap.lock").read_text() == "another's"

@@ -152,3 +152,10 @@ def test_infinite_activations_are_an_error(weight: Tensor) -> None:
     hessian[3, 3] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         error_feedback(weight, hessian, bits=2, group_size=32, zero_points="any")
+
+
+def test_a_hessian_that_is_not_quite_positive_is_damped_more() -> None:
+    hessian = torch.eye(32)
+    hessian[0, 1] = hessian[1, 0] = 1.05  # an eigenvalue of -0.05
+    found = error_feedback(torch.randn(4, 32), hessian, bits=4, group_size=32, zero_points="any")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in found)

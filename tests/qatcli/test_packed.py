@@ -229,6 +229,11 @@ def test_malformed_modules_are_refused(checkpoint: Path, edit: Callable[..., Non
     assert "quantization_config.modules is malformed" in refused(checkpoint).message
 
 
+def test_a_checkpoint_of_nothing_is_refused(checkpoint: Path, edit: Callable[..., None]) -> None:
+    edit(lambda q: q.update(modules={}))
+    assert "has no quantized linear" in refused(checkpoint).message
+
+
 def test_absent_modules_are_refused(checkpoint: Path, edit: Callable[..., None]) -> None:
     edit(lambda q: q.pop("modules"))
     assert "quantization_config.modules is malformed" in refused(checkpoint).message

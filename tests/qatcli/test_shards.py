@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,21 @@ def test_a_state_comes_back_as_it_was_or_not_at_all(tmp_path: Path) -> None:
     save_tensors(file, state)
     with pytest.raises(InputError, match="is damaged"):
         load_state(file)
+
+
+def test_a_shard_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        order.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def replaced(old: Path, new: Path) -> None:
+        order.append("named")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+    assert order == [f"{tmp_path}/a.safetensors.writing", "named"]

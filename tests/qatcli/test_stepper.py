@@ -193,3 +193,23 @@ def test_a_resumed_stepper_goes_on_as_it_was(dtype: torch.dtype, backoffs: int) 
         assert update(stepper, 5, parameter.sum() * 1e-3)
     assert first.item() == second.item()
     assert one.scaler.state_dict() == two.scaler.state_dict()
+
+
+def test_a_loss_that_is_not_finite_is_a_failure_whatever_its_gradient() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    stepper = make_stepper(parameter)
+    stepper.offer(1.0)
+    assert not update(stepper, 0, parameter.sum() + math.inf)
+    assert (stepper.backoffs, parameter.tolist()) == (1, [1, 1])
+
+
+def test_a_resumed_stepper_counts_on_towards_a_larger_loss_scale() -> None:
+    one, two = (make_stepper(nn.Parameter(torch.ones(1)), torch.float16) for _ in range(2))
+    one.offer(2.0)
+    assert update(one, 0, one.parameters[0].sum() * 1e-3)
+    state = one.scaler.state_dict()
+    assert state["_growth_tracker"] == 1
+    two.resume(one.best, one.best_loss, backoffs=0, scaler=[state["scale"], state["_growth_tracker"]])
+    for stepper in (one, two):
+        assert update(stepper, 5, stepper.parameters[0].sum() * 1e-3)
+    assert one.scaler.state_dict() == two.scaler.state_dict()

@@ -50,10 +50,6 @@ def reference(checkpoint: PackedCheckpoint) -> Reference:
     return Reference(exact, tolerances)
 
 
-def _to_fp16(x: Tensor) -> Tensor:
-    return x.half().to(x.dtype)
-
-
 def _to_8_bits(x: Tensor) -> Tensor:
     """Blocks of 32 along the last axis on 255 levels, ggml's Q8_0. A width that is no multiple of 32 stays."""
     if x.shape[-1] % 32:
@@ -63,7 +59,7 @@ def _to_8_bits(x: Tensor) -> Tensor:
     return ((blocks / step).round() * step).reshape(x.shape)
 
 
-ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"fp16": _to_fp16, "8 bits": _to_8_bits}
+ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"fp16": lambda x: x.half().to(x.dtype), "8 bits": _to_8_bits}
 
 
 def prompts(vocabulary: int) -> NDArray[np.int64]:

@@ -165,3 +165,18 @@ def test_padded_windows_hold_one_document_each() -> None:
     cut = ([*range(8)], [False, False, *[True] * 6])
     assert found == [cut] * 3 + [padded] * 3  # each once before any again
     assert pad_windows([without_answer, late], rng, count=2, seq_len=8, padding=99) == []
+
+
+def test_no_document_gives_more_than_it_has_room_for_before_all_did() -> None:
+    made = [document.example for document in documents([9, 49])]  # room for one window, and for six
+    for seed in range(5):
+        windows = draw_windows(made, rng(seed), count=7, seq_len=8)
+        assert sum(int(window.tokens[0]) < 9 for window in windows) == 1
+
+
+@pytest.mark.parametrize("separator", [None, SEPARATOR])
+def test_a_document_that_stands_in_a_window_begins_none_while_there_are_others(separator: Example | None) -> None:
+    seen: set[int] = set()
+    for window in pack_windows(documents([4] * 40), rng(), count=10, seq_len=16, separator=separator):
+        assert int(window.tokens[0]) // 4 not in seen
+        seen |= {int(token) // 4 for token in window.tokens if token >= 0}

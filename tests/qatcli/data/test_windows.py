@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from qatcli.data import WindowSet, sample_windows
-from qatcli.data.windows import allocate, generator
+from qatcli.data.tokens import plain
+from qatcli.data.windows import _begin, allocate, generator
 from qatcli.errors import InputError, RecipeError
 
 
@@ -300,3 +302,24 @@ def test_every_window_begins(
     assert ((first["window"] == chat_tokenizer.bos_token_id).sum(dim=1) == 1).all()
     with pytest.raises(InputError, match="no beginning-of-text token"):
         sample(path, tokenizer=number_tokenizer, bos="window")
+
+
+def test_another_purpose_has_windows_of_its_own(
+    sample: Callable[..., WindowSet], write_documents: Callable[..., Path]
+) -> None:
+    path = write_documents([400] * 100)
+    one, other = ({tuple(row) for row in sample(path, purpose=p).train.tolist()} for p in ("calibrate", "e2e-qp"))
+    assert not one & other
+
+
+def test_a_source_that_is_named_twice_gives_other_windows(
+    sample: Callable[..., WindowSet], write_documents: Callable[..., Path]
+) -> None:
+    path = write_documents([400] * 100)
+    assert len({tuple(row) for row in sample(path, path, samples=16).train.tolist()}) == 16
+
+
+def test_a_window_that_begins_stays_as_it_is(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    bos = chat_tokenizer.bos_token_id
+    for tokens in ([bos, 7, 8], [7, 8, 9]):
+        assert _begin(chat_tokenizer, plain(np.array(tokens, dtype=np.int32))).tokens.tolist() == [bos, 7, 8]

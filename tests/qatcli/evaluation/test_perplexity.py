@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -109,3 +110,28 @@ def test_round_to_nearest_is_the_model_on_min_max_grids(random_llama: Path, mode
         checked += 1
     assert checked == 18
     assert torch.equal(full_precision(source, CPU, keep=False).load().lm_head.weight, model.lm_head.weight)
+
+
+class Certain:
+    """A model of `vocabulary` tokens that is sure of the first one."""
+
+    def __init__(self, vocabulary: int, sureness: float) -> None:
+        self.vocabulary, self.sureness = vocabulary, sureness
+
+    def __call__(self, input_ids: Tensor, use_cache: bool) -> Any:
+        logits = torch.zeros(*input_ids.shape, self.vocabulary)
+        logits[..., 0] = self.sureness
+        return SimpleNamespace(logits=logits)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
+    ones = torch.ones(1, 4, dtype=torch.int32)
+    assert perplexity(Certain(3, 1e4), ones, batch_size=1, device=CPU, dtype=FP32) == math.inf
+
+
+@pytest.mark.parametrize("sizes", [(5, 7), (7, 5)])
+def test_divergence_is_over_the_tokens_that_both_know(sizes: tuple[int, int]) -> None:
+    """One of the vocabularies is padded."""
+    models = [Certain(size, 2.0) for size in sizes]
+    found = divergence(*models, torch.ones(2, 4, dtype=torch.int32), device=CPU, dtype=FP32)
+    assert found.mean_kl == pytest.approx(0, abs=1e-6)

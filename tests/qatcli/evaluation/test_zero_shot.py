@@ -241,3 +241,12 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(QatError, match="lm-eval") as caught:
         load_suite(["piqa"], data=None, limit=None)
     assert "qatcli[eval]" in str(caught.value.hint)
+
+
+def test_figures_that_count() -> None:
+    """Of several filters the first, of several figures the plain accuracy."""
+    several = {"alias": "gsm8k", "exact_match,strict-match": 0.4, "exact_match,flexible-extract": 0.6}
+    assert zero_shot._figures(several)["value"] == 0.4
+    both = {"acc_norm,none": 0.5, "acc_norm_stderr,none": 0.2, "acc,none": 0.3, "acc_stderr,none": 0.1}
+    found = zero_shot._figures(both)
+    assert (found["metric"], found["value"], found["stderr"]) == ("acc", 0.3, 0.1)

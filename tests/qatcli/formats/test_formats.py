@@ -6,6 +6,8 @@ import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qatcli.errors import InputError, QatError, VerificationError
-from qatcli.formats import FORMATS, ExportOptions, compare, dense, require_passed, source
+from qatcli.formats import FORMATS, ExportOptions, awq, compare, dense, require_passed, source
 from qatcli.formats.compare import TensorFiles
-from qatcli.packed import PackedCheckpoint, PackedWriter, QuantizedLinear
+from qatcli.packed import ModuleQuant, PackedCheckpoint, PackedWriter, QuantizedLinear
 from qatcli.shards import shard_map
 
 Packed = Callable[..., PackedCheckpoint]
@@ -192,6 +194,7 @@ def test_a_flipped_bit_in_any_kind_of_tensor_is_caught(packed: Packed, tmp_path:
     if name != "dense":
         tensors += [f"{LINEAR}.{ZEROS.get(name, 'weight_zero_point')}"]
         tensors += [f"{LINEAR}.{'scales' if name in ZEROS else 'weight_scale'}"]
+    tensors += [f"{LINEAR}.g_idx"] * (name == "gptq")
     for number, tensor in enumerate(tensors):
         out = tmp_path / str(number)
         FORMATS[name].write(checkpoint, out, options)
@@ -374,3 +377,16 @@ def test_scales_that_fp16_cannot_hold_are_refused(
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(QatError, match=f"fp16 cannot hold.*{LINEAR}"):
         FORMATS["gptq"].write(checkpoint, tmp_path / "out", INTEGERS_ONLY)
+
+
+def test_awq_promotes_to_the_largest_group_that_divides_all() -> None:
+    modules = {"a": ModuleQuant(2, 128, 256, 64), "b": ModuleQuant(4, 64, 256, 64)}
+    checkpoint: Any = SimpleNamespace(modules=modules)
+    assert awq.group_size(checkpoint, promote=True) == 64
+
+
+@pytest.mark.parametrize("name", ["gptq", "bitblas", "awq"])
+def test_a_quantized_head_is_refused(name: str) -> None:
+    checkpoint: Any = SimpleNamespace(modules={"lm_head": ModuleQuant(4, 32, 64, 64)})
+    with pytest.raises(QatError, match="keeps the output head dense: lm_head"):
+        FORMATS[name].refuse(checkpoint, ExportOptions())

@@ -168,3 +168,30 @@ def test_unknown_kinds_are_refused(packed: Packed, tmp_path: Path, settings: dic
 def test_plain_model_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no tensor"):
         import_checkpoint(tiny_llama, tmp_path / "packed")
+
+
+@pytest.mark.parametrize("name", ["gptq", "compressed-tensors"])
+def test_biases_come_along(save_random_model: Callable[..., Path], pack: Packed, tmp_path: Path, name: str) -> None:
+    qwen = save_random_model("Qwen2Config", hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16)
+    checkpoint = pack(qwen, tmp_path / "checkpoint", bits=4)
+    FORMATS[name].write(checkpoint, tmp_path / "export", OPTIONS)
+    import_checkpoint(tmp_path / "export", tmp_path / "packed")
+    found = PackedCheckpoint.open(tmp_path / "packed")
+    biases = {module: bias for module in checkpoint.modules if (bias := checkpoint.linear(module).bias) is not None}
+    assert biases
+    for module, bias in biases.items():
+        came = found.linear(module).bias
+        assert came is not None
+        assert torch.equal(came, bias.half())
+
+
+def test_columns_out_of_order_are_refused_in_compressed_tensors_too(packed: Packed, tmp_path: Path) -> None:
+    FORMATS["compressed-tensors"].write(packed(4), tmp_path / "export", OPTIONS)
+    file = tmp_path / "export" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.endswith("0.mlp.up_proj.weight_packed")).removesuffix("packed")
+    columns, groups = int(tensors[name + "shape"][1]), tensors[name + "scale"].shape[1]
+    tensors[name + "g_idx"] = (torch.arange(columns) * groups // columns).int().flip(0)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"up_proj .*desc_act"):
+        import_checkpoint(tmp_path / "export", tmp_path / "packed")

@@ -21,7 +21,8 @@ from qatcli.formats import FORMATS, ExportOptions, source
 from qatcli.formats.contract import Verification
 from qatcli.formats.runtimes import RUNTIMES, obstacle, run, verify_in
 from qatcli.formats.runtimes.reference import dense_model, dense_weight, logits, perplexity, prompts, reference
-from qatcli.packed import PackedCheckpoint, quantization_config, read_config, write_config
+from qatcli.packed import PackedCheckpoint, read_config
+from qatcli.shards import shard_map
 
 Packed = Callable[..., PackedCheckpoint]
 ROOT = Path(__file__).resolve().parents[3]
@@ -91,9 +92,7 @@ def test_the_reference_is_the_model_with_rounded_weights(
 def test_the_reference_of_a_family_whose_checkpoints_have_other_names(save_random_model: Callable[..., Path]) -> None:
     folder = save_random_model("GPTNeoXConfig")
     expected = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    settings = quantization_config({}, bits=4, group_size=32, symmetric=False, scale_dtype=torch.float16)
-    write_config(folder, {**read_config(folder), "quantization_config": settings})
-    found = dense_model(PackedCheckpoint.open(folder))
+    found = dense_model(PackedCheckpoint(folder, read_config(folder), {}, shard_map(folder)))
     np.testing.assert_array_equal(logits(found), logits(expected))
 
 

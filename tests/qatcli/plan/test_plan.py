@@ -14,7 +14,8 @@ import qatcli.plan
 from qatcli import machine
 from qatcli.errors import RecipeError, ResourceError
 from qatcli.plan import GIB, Need, need, require, setting
-from qatcli.plan.needs import MEMORY
+from qatcli.plan.model import groups_of, packed_bytes
+from qatcli.plan.needs import MEMORY, disk_bytes
 from qatcli.plan.report import CHAIN, make_plan, render, runtimes
 from qatcli.plan.timing import Rates, Work, work
 from qatcli.plan.tracing import UntraceableError
@@ -327,3 +328,40 @@ def test_all_that_an_evaluation_does_takes_time(recipe: Callable[..., Recipe]) -
     assert evaluation(zero_shot={"tasks": ["piqa"], "limit": 10}).operations < evaluation(zero_shot={}).operations
     for section in ({"speed": {}}, {"prompts": ["a"]}):
         assert evaluation(**section).bytes > least.bytes, section
+
+
+def test_what_adam_and_the_best_iterate_keep(recipe: Callable[..., Recipe]) -> None:
+    s = setting(recipe(), GPU, Path("runs"))
+    (training,) = [phase for phase in MEMORY["block-ap"](s) if phase.name == "training"]
+    trained = s.model.block_sizes[s.model.largest] + 2 * groups_of(s.model.quants[s.model.largest].values())
+    assert training.compute["optimizer"] == 2 * 4 * trained
+    assert training.compute["best iterate"] == 4 * trained
+
+
+def test_a_new_state_of_e2e_qp_is_written_beside_the_old_one(recipe: Callable[..., Recipe]) -> None:
+    s = setting(recipe(), GPU, Path("runs"))
+    windows = (s.recipe.e2e_qp.samples + s.recipe.e2e_qp.validation_samples) * s.recipe.e2e_qp.seq_len
+    states = disk_bytes(s, "e2e-qp") - disk_bytes(s, "block-ap") - 4 * windows
+    assert states == 2 * 16 * groups_of(s.model.linears.values())
+    assert disk_bytes(s, "export", "dense") == 2 * s.model.total
+
+
+def test_decoding_on_a_gpu_keeps_a_second_copy_of_the_codes(recipe: Callable[..., Recipe]) -> None:
+    sizes = []
+    for speed in ({}, None):
+        s = setting(recipe(eval={"speed": speed, "baselines": [], "kl": False}), GPU, Path("runs"))
+        (measuring,) = MEMORY["eval"](s)
+        sizes.append(measuring.compute["measured model"])
+    assert sizes[0] - sizes[1] == sum(packed_bytes(quant, scale=0) for quant in s.model.linears.values())
+
+
+def test_files_of_streams_need_a_disk_of_their_own(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    chosen = recipe(block_ap={"cache": {"host_gb": 0, "dir": str(cache)}})
+    found = planned(chosen, "block-ap")
+    monkeypatch.setattr(machine, "existing", lambda path: Path("/proc" if path == cache else "/"))
+    monkeypatch.setattr(machine, "disk_space", lambda path: found.cache // 2 if path == cache else 2**50)
+    with pytest.raises(ResourceError, match=r"disk at .*/cache"):
+        check(chosen, "block-ap", tmp_path)

@@ -160,5 +160,7 @@ def test_patterns_that_match_are_patterns_of_whole_names(build: Callable[..., Re
         "quant.skip.0: `*.upp` matches no linear of the model",
     ]
     assert "layers.0.down, layers.0.up" in str(caught.value.hint)
+    with pytest.raises(RecipeError, match=r"quant\.skip names every linear"):
+        check_patterns(build(quant={"skip": ["*.up", "*.down"]}), names, ["head"])
     with pytest.raises(RecipeError, match=r"overrides\.0\.pattern: `head`"):
         check_patterns(build(quant={"overrides": [{"pattern": "head", "bits": 4}]}), names, ["head"])

@@ -178,3 +178,33 @@ def test_a_calibration_of_another_grid_is_refused(
     with pytest.raises(InputError, match=words):
         block_ap.run(other)
     assert {file.name: file.read_bytes() for file in job.out.iterdir()} == before
+
+
+def test_every_block_and_every_seed_shuffles_in_an_order_of_its_own(
+    stages: Callable[..., tuple[Job, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+
+    def train(*_: Any, generator: torch.Generator, **__: Any) -> BlockResult:
+        seeds.append(generator.initial_seed())
+        return BlockResult(before=1.0, after=1.0)
+
+    monkeypatch.setattr(block_ap, "train_block", train)
+    job, _ = stages()
+    assert seeds == [job.recipe.calibrate.seed * 1_000_003 + index for index in range(3)]
+
+
+def test_errors_are_against_the_weights_as_they_were(
+    stages: Callable[..., tuple[Job, dict[str, Any]]], random_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared, weight_errors = [], block_ap.weight_errors
+
+    def errors(block: nn.Module, *rest: Any) -> Any:
+        compared.append(block.get_parameter("mlp.up_proj.weight").clone())
+        return weight_errors(block, *rest)
+
+    monkeypatch.setattr(block_ap, "weight_errors", errors)
+    stages(epochs=1)
+    model = AutoModelForCausalLM.from_pretrained(random_llama, dtype=torch.float32)
+    assert len(compared) == 3
+    assert all(torch.equal(w, model.model.layers[i].mlp.up_proj.weight) for i, w in enumerate(compared))

@@ -75,3 +75,15 @@ def test_a_model_that_does_not_name_its_dtype_keeps_it(
     calibrate.run(_job(model, tiny_text, tmp_path / "out"))
     made = json.loads((tmp_path / "out" / "config.json").read_text())
     assert made["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_data_of_a_later_stage_are_looked_at_first(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = {"model": {"source": str(tiny_llama)}, "quant": {"bits": 2, "group_size": 32}}
+    sections |= {"calibrate": {"data": [{"source": str(tiny_text)}]}}
+    sections |= {"e2e_qp": {"data": [{"source": str(tmp_path / "gone.jsonl")}]}}
+    job = Job(Recipe.model_validate(sections), None, tmp_path, tmp_path, RunLog(verbosity=-1), torch.device("cpu"))
+    monkeypatch.setattr(calibrate, "sample_windows", lambda *_, **__: pytest.fail("sampled"))
+    with pytest.raises(InputError, match=r"gone\.jsonl"):
+        calibrate.run(job)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -308,3 +310,71 @@ def test_instructions_make_it_fine_tuning(tiny_llama: Path, pack_model: Callable
                 logits = model(input_ids=tokens[None, :answer]).logits[0].double().log_softmax(-1)
             losses += [-float(logits[place - 1, tokens[place]]) for place in range(answer - 4, answer)]
         assert metrics[figure] == pytest.approx(math.fsum(losses) / len(losses), rel=1e-4)
+
+
+def batches(recipe: Recipe, steps: int) -> list[list[int]]:
+    """The windows of the first updates, of 4 each out of 16."""
+    trainer: Any = SimpleNamespace(job=SimpleNamespace(recipe=recipe), config=recipe.e2e_qp)
+    return [e2e_qp._Trainer._batch(trainer, step, 4, 16).tolist() for step in range(steps)]
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own(stage: Callable[..., Job]) -> None:
+    recipe = stage(batch_size=4).recipe
+    first = batches(recipe, 8)
+    for epoch in (first[:4], first[4:]):
+        assert sorted(itertools.chain(*epoch)) == list(range(16))
+    assert first[:4] != first[4:]
+    other = recipe.model_copy(update={"calibrate": recipe.calibrate.model_copy(update={"seed": 3})})
+    assert recipe.calibrate.seed != 3
+    assert batches(other, 4) != first[:4]
+
+
+def test_the_loss_of_an_update_is_the_mean_over_all_of_its_windows(
+    stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, update = [], e2e_qp._Trainer._update
+
+    def kept(*arguments: Any) -> float:
+        losses.append(update(*arguments))
+        return losses[-1]
+
+    monkeypatch.setattr(e2e_qp._Trainer, "_update", kept)
+    for size in (4, 1):
+        run(stage(f"micro-{size}", micro_batch_size=size))
+    half = len(losses) // 2
+    assert losses[half:] == pytest.approx(losses[:half], rel=1e-4)
+
+
+def test_the_configuration_says_that_scales_are_fp32_again(stage: Callable[..., Job]) -> None:
+    job = stage(epochs=0)
+    assert job.input is not None
+    file = job.input.path / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["scale_dtype"] = "float16"
+    file.write_text(json.dumps(config))
+    run(job)
+    assert json.loads((job.out / "config.json").read_text())["quantization_config"]["scale_dtype"] == "float32"
+
+
+def test_validation_drops_nothing_out(stage: Callable[..., Job]) -> None:
+    plain, dropping = (stage(name, gradient_checkpointing=True) for name in ("plain", "dropping"))
+    before = run(plain)["before"]
+    assert dropping.input is not None
+    file = dropping.input.path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "attention_dropout": 0.5}))
+    assert run(dropping)["before"] == pytest.approx(before, rel=1e-5)
+
+
+def test_windows_are_not_those_of_the_calibration(stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    job, asked = stage(), []
+    (job.out / e2e_qp.WINDOWS).unlink()
+
+    def sample(*_: Any, **options: Any) -> None:
+        asked.append(options.get("purpose"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(e2e_qp, "load_tokenizer", lambda *_, **__: None)
+    monkeypatch.setattr(e2e_qp, "sample_windows", sample)
+    with pytest.raises(KeyboardInterrupt):
+        run(job)
+    assert asked == ["e2e-qp"]

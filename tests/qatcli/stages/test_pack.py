@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qatcli.directory import StageDirectory
+from qatcli.errors import VerificationError
 from qatcli.packed import PackedCheckpoint
 from qatcli.recipe import Recipe
 from qatcli.runlog import RunLog
@@ -52,3 +53,19 @@ def test_what_is_not_quantized_has_the_type_that_was_asked_for(
     assert {tensors[name].dtype for name in checkpoint.dense_names()} == {stored}
     assert checkpoint.config["dtype"] == stated
     assert torch.equal(tensors[NORM], load_file(made / "model.safetensors")[NORM].to(stored))
+
+
+def test_a_scale_that_fp16_cannot_hold_is_not_published(
+    random_llama: Path, pack_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    made, out = pack_model(random_llama, tmp_path / "block-ap"), tmp_path / "pack"
+    tensors = load_file(made / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(".weight_scale"))
+    tensors[name][0, 0] = 1e5
+    save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+    out.mkdir()
+    sections = {"model": {"source": "m"}, "quant": {"bits": 3, "group_size": 16}}
+    recipe = Recipe.model_validate({**sections, "calibrate": {"data": [{"source": "./not-read.txt"}]}})
+    source = StageDirectory(made, {"kind": "quantized"})
+    with pytest.raises(VerificationError, match=f"{name} does not fit float16"):
+        pack.run(Job(recipe, source, out, tmp_path, RunLog(verbosity=-1), torch.device("cpu")))

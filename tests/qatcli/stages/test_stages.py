@@ -1,0 +1,40 @@
+"""What a stage is made from: its predecessor's directory, finished and of the same recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qatcli.directory import StageDirectory, begin, commit
+from qatcli.errors import InputError
+from qatcli.recipe import Recipe
+from qatcli.stages import STAGES, _open_input, _refuse_another_recipe
+
+
+def build(**sections: Any) -> Recipe:
+    required = {"model": {"source": "m"}, "quant": {"bits": 2, "group_size": 32}}
+    return Recipe.model_validate({**required, "calibrate": {"data": [{"source": "./not-read.txt"}]}, **sections})
+
+
+def test_an_unfinished_stage_is_not_passed_over(tmp_path: Path) -> None:
+    """Packing Block-AP's result because E2E-QP has not finished would lose what it trained, without a word."""
+    recipe = build()
+    partial = begin(tmp_path / "block-ap", {}, restart=False)
+    (partial / "x").touch()
+    facts = {"stage": "block-ap", "kind": "quantized", "identity": {}, "metrics": {}}
+    commit(tmp_path / "block-ap", partial, facts | {"recipe": recipe.model_dump(mode="json")})
+    found = _open_input(STAGES["pack"], recipe, tmp_path, None)
+    assert found is not None
+    assert found.path == tmp_path / "block-ap", "a chain without e2e-qp"
+    (tmp_path / "e2e-qp.partial").mkdir()
+    with pytest.raises(InputError, match="e2e-qp does not exist or is not finished"):
+        _open_input(STAGES["pack"], recipe, tmp_path, None)
+
+
+def test_a_recipe_that_was_edited_two_stages_before_is_refused(tmp_path: Path) -> None:
+    found = StageDirectory(tmp_path / "e2e-qp", {"recipe": build().model_dump(mode="json")})
+    _refuse_another_recipe("e2e-qp", found, build(eval={"kl": False}))
+    with pytest.raises(InputError, match=r"block_ap\.epochs: was \d+, is 7"):
+        _refuse_another_recipe("e2e-qp", found, build(block_ap={"epochs": 7}))
