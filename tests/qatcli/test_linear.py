@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qatcli.linear import FakeQuantLinear, PackedLinear, replace_modules
+from qat_kernels import tuning
+from qatcli.linear import FEW_ROWS, FakeQuantLinear, PackedLinear, replace_modules
 from qatcli.packed import QuantizedLinear, module_quant, pack_linear
 
 ROWS, COLUMNS = 33, 96  # an odd number of rows: the last word of zero points is not full
@@ -177,14 +178,21 @@ def test_codes_are_prepared_for_decoding_only(monkeypatch: pytest.MonkeyPatch) -
     module(x)
     assert module._prepared is None, "training reads the packed codes"
     with torch.no_grad():
-        module(torch.randn(17, COLUMNS))
+        module(torch.randn(FEW_ROWS + 1, COLUMNS))
         assert module._prepared is None, "many rows do, too"
         torch.testing.assert_close(module(x), F.linear(x, dense(first).float()), rtol=1e-4, atol=1e-4)
         assert module._prepared is not None
+        assert module._prepared[1] is not None
         assert "_prepared" not in module.state_dict()
         tensors = pack_linear("x", second)
         module.load_state_dict({name.removeprefix("x."): tensor for name, tensor in tensors.items()})
         torch.testing.assert_close(module(x), F.linear(x, dense(second).float()), rtol=1e-4, atol=1e-4)
+
+
+def test_codes_are_prepared_for_as_many_rows_as_a_kernel_takes() -> None:
+    """On no GPU with settings of its own more: a second copy of the codes that nothing reads is not made."""
+    tables = [tuning.load(path) for path in tuning.CONFIGS.glob("*.json")]
+    assert max(table.routes["quantized_matmul"]["gemv"] for table in tables) == FEW_ROWS
 
 
 def test_replace_modules_keeps_the_rest() -> None:
