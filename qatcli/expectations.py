@@ -58,15 +58,12 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
         found[f"{text}.top1_agreement"] = (apart.get("top1_agreement"), HIGHER)
     zero_shot = model.get("zero_shot") or {}
     for task, score in zero_shot.get("tasks", {}).items():
-        found[task] = (score.get("value"), LOWER if _is_a_loss(score.get("metric")) else HIGHER)
+        is_a_loss = any(word in str(score.get("metric")) for word in ("perplexity", "bits_per"))
+        found[task] = (score.get("value"), LOWER if is_a_loss else HIGHER)
     found["zero_shot"] = ((zero_shot.get("average") or {}).get("value"), HIGHER)
     size = metrics.get("size", {})
     found |= {name: (size.get(name), LOWER) for name in ("bits_per_weight", "bits_per_parameter")}
     return {name: figure for name, figure in found.items() if figure[0] is not None}
-
-
-def _is_a_loss(metric: object) -> bool:
-    return "perplexity" in str(metric) or "bits_per" in str(metric)
 
 
 def is_accuracy(metric: object) -> bool:

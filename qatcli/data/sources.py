@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,7 +76,7 @@ def open_source(source: DataSource) -> list[Part]:
             f"{source.source}: without effect on local files: {', '.join(ignored)}",
             hint="give a glob of the files that are meant; only a folder without data files directly in it has splits",
         )
-    return [Part(str(path), _file_reader(path), is_text_file(path)) for path in paths]
+    return [Part(str(path), partial(read_rows, path), is_text_file(path)) for path in paths]
 
 
 def local_paths(source: str) -> list[Path] | None:
@@ -128,10 +129,6 @@ def _download(source: DataSource) -> list[Path]:
             hint="see the tab `Files` of its page; a pattern is on the whole path, such as `en/*.json.gz`",
         )
     return found
-
-
-def _file_reader(path: Path) -> Callable[[], Iterator[LocatedRow]]:
-    return lambda: read_rows(path)
 
 
 def _hub_rows(source: DataSource) -> Iterator[LocatedRow]:

@@ -91,11 +91,8 @@ def _tokenizer_differences(checkpoint: PackedCheckpoint, fields: dict[str, Any])
         wanted["add_space_prefix"] = tokenizer.tokenize("a")[0].startswith("\u2581")
     else:
         wanted |= {"model": "gpt2", "pre": pre_tokenizer_name(content["pre_tokenizer"]), "merges": merges or None}
-    yield from _wrong(fields, {f"tokenizer.{_group(key)}": value for key, value in wanted.items() if value is not None})
-
-
-def _group(key: str) -> str:
-    return key if key == "chat_template" else f"ggml.{key}"
+    names = {key: f"tokenizer.{key if key == 'chat_template' else f'ggml.{key}'}" for key in wanted}
+    yield from _wrong(fields, {names[key]: value for key, value in wanted.items() if value is not None})
 
 
 def _wrong(fields: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:

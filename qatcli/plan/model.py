@@ -44,15 +44,21 @@ class _Configuration:
         return self.section.trust_remote_code
 
     @cached_property
+    def kept(self) -> Path | None:
+        """The converted form of a GGUF file that was read before."""
+        file = Path(self.section.source, self.section.gguf_file or "")
+        kept = converted(file) if file.is_file() else None
+        return kept if kept is not None and kept.is_dir() else None
+
+    @cached_property
     def _config(self) -> Any:
         source, options = self.section.source, {"trust_remote_code": self.trust_remote_code}
         if Path(source).is_dir() and not self.section.gguf_file:
             check_config(Path(source), trust_remote_code=self.trust_remote_code)
         with refused(f"model.source {source}: transformers does not accept its configuration"):
+            if self.kept is not None:  # the same configuration, without the minutes that a long vocabulary takes
+                return AutoConfig.from_pretrained(self.kept, **options)
             if Path(source).is_file():
-                kept = converted(Path(source))
-                if kept.is_dir():  # the same configuration, without the minutes that a long vocabulary takes
-                    return AutoConfig.from_pretrained(kept, **options)
                 return AutoConfig.from_pretrained(Path(source).parent, gguf_file=Path(source).name, **options)
             named = {key: value for key in ("revision", "gguf_file") if (value := getattr(self.section, key))}
             with nullcontext() if Path(source).is_dir() else fetching(source):
@@ -84,6 +90,7 @@ class PlannedModel:
         self.vocabulary: int = text.vocab_size
         self.tied = skeleton.get_input_embeddings().weight is getattr(skeleton.get_output_embeddings(), "weight", None)
         gguf = section.gguf_file is not None or section.source.endswith(".gguf")
+        self.to_convert: bool = gguf and source.kept is None
         self.dtype: torch.dtype = torch.float32 if gguf else (getattr(self.config, "dtype", None) or torch.float32)
         count = range(len(self._blocks))
         self.in_blocks = [name for index in count for name in self._blocks.linears(index)]

@@ -123,7 +123,10 @@ def calibrate(s: Setting) -> list[Phase]:
     rounding = 4 * FP32 * _largest(model) + codes
     forward = model.passes("dense", SWEEP_BATCH, seq_len, dtype, dtype).forward
     parameters = {**inside, "block": FP32 * block}
+    # Of a GGUF file transformers makes the whole model in fp32, once; the largest tensor twice more on the way.
+    dense = {"GGUF file in fp32": FP32 * model.total, "reading": 2 * FP32 * model.vocabulary * model.hidden}
     return [
+        *([Phase("converting", {}, {}, dense)] if model.to_convert else []),
         _text(s.recipe.calibrate.data),
         _first_inputs(s, inside, beside, tokenizer=TOKENIZER),
         Phase("blocks", parameters, {"work": max(forward, rounding)}, _read(s, beside, block, tokenizer=TOKENIZER)),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPTJConfig
+from transformers import GPTJConfig, LlamaConfig
 
 from qatcli.errors import InputError
+from qatcli.models.source import converted
 from qatcli.packed import ModuleQuant, QuantizedLinear, pack_linear
 from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
 from qatcli.recipe import ModelSection, QuantSection
@@ -86,3 +89,26 @@ def test_a_block_that_keeps_tensors_of_its_own_is_measured(tmp_path: Path) -> No
     GPTJConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4).save_pretrained(tmp_path)
     passes = planned(tmp_path).passes("fake_quant", 2, 8, torch.float32, torch.float32)
     assert passes.training > passes.forward > 0
+
+
+@pytest.mark.parametrize("named", ["as the source", "in a folder"])
+def test_a_gguf_file_is_converted_once(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """The whole model in fp32: more memory than any block takes."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF, as far as its digest goes")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("qatcli.plan.model.AutoConfig.from_pretrained", partial(_config_of, random_llama))
+    section = ModelSection(source=str(file))
+    if named == "in a folder":
+        section = ModelSection(source=str(tmp_path), gguf_file=file.name)
+    assert PlannedModel(section, QUANT).to_convert
+    shutil.copytree(random_llama, converted(file))
+    assert not PlannedModel(section, QUANT).to_convert
+    assert not planned(random_llama).to_convert
+
+
+def _config_of(folder: Path, asked: Path, gguf_file: str = "", **options: Any) -> Any:
+    assert (Path(asked, gguf_file).suffix == ".gguf") == bool(gguf_file)
+    return LlamaConfig.from_pretrained(folder)
