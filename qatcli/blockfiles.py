@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qatcli.directory import LOG_FILE
 from qatcli.errors import InputError
 from qatcli.linear import replace_modules
+from qatcli.memory import release_memory
 from qatcli.models.blocks import BlockModel
 from qatcli.packed import (
     DTYPE_KEYS,
@@ -152,6 +153,7 @@ def load_quantized_block(
 
 def finish(directory: Path, model: BlockModel, quant: QuantSection) -> None:
     """Make the block files a complete packed checkpoint: the rest of the model, index, config.json, tokenizer."""
+    release_memory()  # what the blocks took
     outside = model.source.tensors(model.outside_names())
     save_tensors(directory / OUTSIDE, outside)
     modules: dict[str, ModuleQuant] = {}

@@ -33,11 +33,8 @@ class ModelOptions:
 
     def given(self) -> list[str]:
         """The options that were given, as they are written."""
-        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if _given(value)]
-
-
-def _given(value: object) -> bool:
-    return not (value is None or value is False or value == ())
+        given = [name for name, value in vars(self).items() if not (value is None or value is False or value == ())]
+        return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def is_recipe(target: str) -> bool:

@@ -146,6 +146,7 @@ def run(job: Job) -> dict[str, Any]:
             elif not last:
                 block = full_precision(index + 1)
             bar.advance(detail=detail, reused=index in kept)
+    del block, following, quantized  # embeddings and head, which are read now, may be larger than they are
     finish(job.out, model, recipe.quant)
     return _metrics(job)
 
