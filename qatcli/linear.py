@@ -75,7 +75,8 @@ class PackedLinear(nn.Module):
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(quant.out_features, dtype=dtype), requires_grad=False) if bias else None
         self._unpacked_zero_point: Tensor | None = None
-        self._prepared: tuple[torch.device, Tensor | None] | None = None
+        self._prepared: Tensor | None = None
+        self._prepared_on: torch.device | None = None
 
     @property
     def zero_point(self) -> Tensor:
@@ -93,14 +94,14 @@ class PackedLinear(nn.Module):
         """The codes laid out for decoding a few tokens, made at the first such call and never while training."""
         if torch.is_grad_enabled() or x.numel() > FEW_ROWS * x.shape[-1]:
             return None
-        packed, quant = self.weight_packed, self.quant
-        if self._prepared is None or self._prepared[0] != packed.device:
-            words = prepare(packed, bits=quant.bits, group_size=quant.group_size, in_features=quant.in_features)
-            self._prepared = packed.device, words
-        return self._prepared[1]
+        packed, q = self.weight_packed, self.quant
+        if self._prepared_on != packed.device:
+            self._prepared_on = packed.device  # asked once: on a CPU nothing is faster than the packed codes
+            self._prepared = prepare(packed, bits=q.bits, group_size=q.group_size, in_features=q.in_features)
+        return self._prepared
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        self._unpacked_zero_point = self._prepared = None
+        self._unpacked_zero_point = self._prepared = self._prepared_on = None
         super()._load_from_state_dict(*args, **options)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def bits_per_weight(checkpoint: PackedCheckpoint) -> dict[str, Any]:
     quantized = sum(m.in_features * m.out_features for m in checkpoint.modules.values())
     packed = parts["codes"] + parts["scales"] + parts["zero_points"]
     return {
-        "bits_per_weight": round(8 * packed / quantized, 4) if quantized else None,
+        "bits_per_weight": round(8 * packed / quantized, 4),
         "bits_per_parameter": round(8 * (packed + parts["other"]) / (quantized + dense), 4),
         "bytes": parts,
         "quantized_weights": quantized,

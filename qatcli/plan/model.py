@@ -47,8 +47,7 @@ class _Configuration:
     def kept(self) -> Path | None:
         """The converted form of a GGUF file that was read before."""
         file = Path(self.section.source, self.section.gguf_file or "")
-        kept = converted(file) if file.is_file() else None
-        return kept if kept is not None and kept.is_dir() else None
+        return kept if file.is_file() and (kept := converted(file)).is_dir() else None
 
     @cached_property
     def _config(self) -> Any:

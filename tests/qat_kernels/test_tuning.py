@@ -65,12 +65,13 @@ def test_shipped_files_are_complete() -> None:
 
 def test_an_unknown_gpu_gets_the_default_and_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = json.loads((tuning.CONFIGS / "default.json").read_text())
-    for stem, devices in [("default", []), ("a", ["NVIDIA L4"]), ("b", ["NVIDIA", "NVIDIA H100"])]:
+    for stem, devices in [("default", []), ("a", ["NVIDIA L4"]), ("b", ["NVIDIA H100"]), ("c", ["NVIDIA H100 80GB"])]:
         (tmp_path / f"{stem}.json").write_text(json.dumps({**text, "devices": devices}))
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
     tuning.table_for_name.cache_clear()
     try:
-        assert tuning.table_for_name("NVIDIA H100 80GB HBM3").path.stem == "b"
+        assert tuning.table_for_name("NVIDIA H100 80GB HBM3").path.stem == "c", "the longest of two"
+        assert tuning.table_for_name("NVIDIA H100").path.stem == "b"
         assert tuning.table_for_name("NVIDIA L4").path.stem == "a"
         assert tuning.table_for_name("NVIDIA H100-SXM5-80GB").path.stem == "b"
         for other in ("NVIDIA L40S", "NVIDIA H1000"):  # their names only begin alike

@@ -13,13 +13,11 @@ from qatcli.sizes import bits_per_weight
 ROWS, COLUMNS = 64, 96
 
 
-def checkpoint(
-    path: Path, *, bits: int, group_size: int, scale_dtype: torch.dtype = torch.float16, linears: int = 2
-) -> PackedCheckpoint:
-    """`linears` of [ROWS, COLUMNS] with a bias, and an embedding of 10 x 7 in bf16."""
+def checkpoint(path: Path, *, bits: int, group_size: int, scale_dtype: torch.dtype = torch.float16) -> PackedCheckpoint:
+    """Two linears of [ROWS, COLUMNS] with a bias, and an embedding of 10 x 7 in bf16."""
     groups = 1 if group_size < 0 else COLUMNS // group_size
     writer = PackedWriter(path)
-    for index in range(linears):
+    for index in range(2):
         linear = QuantizedLinear(
             torch.zeros(ROWS, COLUMNS, dtype=torch.uint8),
             torch.ones(ROWS, groups, dtype=scale_dtype),
@@ -65,12 +63,6 @@ def test_bits_per_parameter_counts_everything(tmp_path: Path) -> None:
 def test_scales_count_in_the_dtype_they_are_stored_in(tmp_path: Path) -> None:
     sizes = bits_per_weight(checkpoint(tmp_path, bits=4, group_size=32, scale_dtype=torch.float32))
     assert sizes["bits_per_weight"] == pytest.approx(4 + (32 + 4) / 32, abs=1e-4)
-
-
-def test_a_checkpoint_with_nothing_quantized(tmp_path: Path) -> None:
-    sizes = bits_per_weight(checkpoint(tmp_path, bits=2, group_size=32, linears=0))
-    assert sizes["bits_per_weight"] is None
-    assert sizes["bits_per_parameter"] == 16
 
 
 def _tensors(path: Path) -> list[torch.Tensor]:
