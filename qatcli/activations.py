@@ -175,9 +175,9 @@ def fill_streams(
     """Write what the first block receives for `windows` int [S, T] into each of `streams` [S, T, H]."""
     with ExitStack() as stack:
         writers = [stack.enter_context(write_back(stream, device)) for stream in streams]
-        for index, hidden in enumerate(model.first_inputs(windows, device, torch.float32)):
+        for index, hidden in enumerate(each.to(dtype) for each in model.first_inputs(windows, device, torch.float32)):
             for write in writers:
-                write(index, hidden.to(dtype))
+                write(index, hidden)
 
 
 @torch.no_grad()

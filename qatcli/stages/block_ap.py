@@ -199,19 +199,14 @@ def _train(
     for name, quant in quants.items():
         _, scale, zero_point = read_linear(initial, name, quant)
         grids[name] = (scale.to(job.device), zero_point.float().to(job.device))
-
-    def hessians() -> dict[str, Tensor]:
+    hessians = None
+    if config.rounding == "gptq":
         sample = train.inputs[: recipe.calibrate.moment_samples]
-        return input_hessians(block.module, prefix, list(quants), sample, block.arguments, job.device)
-
+        hessians = input_hessians(block.module, prefix, list(quants), sample, block.arguments, job.device)
     students = build_student(
-        block.module,
-        prefix,
-        quants,
-        grids,
-        zero_points=recipe.quant.zero_points,
-        hessians=hessians() if config.rounding == "gptq" else None,  # as large as the block: not to be kept by a name
+        block.module, prefix, quants, grids, zero_points=recipe.quant.zero_points, hessians=hessians
     )
+    del hessians  # as large as the block, which is trained now
     errors = [each.error for each in (block, following) if each is not None]
     result: BlockResult = train_block(
         Objective(block.module, block.arguments, errors, None if following is None else following.runs),

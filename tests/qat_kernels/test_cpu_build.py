@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,15 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     cpu_build.library.cache_clear()
     yield
     cpu_build.library.cache_clear()
+
+
+@pytest.fixture
+def compiler() -> str:
+    """The C++ compiler that is found here."""
+    try:
+        return cpu_build._compiler()
+    except FileNotFoundError:
+        pytest.skip("no C++ compiler")
 
 
 def built(cache: Path) -> list[Path]:
@@ -44,22 +52,19 @@ def test_another_processor_gets_its_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert len(built(tmp_path)) == 2
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_damaged_one_is_built_again(tmp_path: Path) -> None:
-    try:
-        library = cpu_build._built()
-    except FileNotFoundError:
-        pytest.skip("no C++ compiler")
+    library = cpu_build._built()
     library.write_bytes(b"")  # as a full disk leaves it; before it is loaded, which a process does once for each path
     assert cpu_build.library() is not None
     assert built(tmp_path) == [library]
     assert library.stat().st_size
 
 
-def test_a_compiler_is_called_by_the_name_it_was_found_under(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_is_called_by_the_name_it_was_found_under(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """ccache and others that stand in a compiler's place go by that name."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "wrapper").write_text(f'#!/bin/sh\ncase $0 in */c++) exec {compiler} "$@" ;; *) exit 1 ;; esac\n')

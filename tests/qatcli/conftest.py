@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,3 +83,26 @@ def pack_model() -> Callable[..., Path]:
         return out
 
     return pack
+
+
+@pytest.fixture
+def disk_order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """In what order files and folders are forced to disk (their paths) and get their names ("named" and the path)."""
+    order: list[str] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def synced(descriptor: int) -> None:
+        order.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def naming(move: Callable[..., None]) -> Callable[..., None]:
+        def moved(old: Path, new: Path) -> None:
+            order.append(f"named {new}")
+            move(old, new)
+
+        return moved
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", naming(rename))
+    monkeypatch.setattr(os, "replace", naming(replace))
+    return order

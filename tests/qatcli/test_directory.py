@@ -426,25 +426,12 @@ def test_a_foreign_checkpoint_is_identified_by_its_content(tmp_path: Path) -> No
         foreign_checkpoint(tmp_path / "missing")
 
 
-def test_what_is_renamed_is_on_disk_and_then_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    fsync, rename = os.fsync, os.rename
-
-    def synced(descriptor: int) -> None:
-        order.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        fsync(descriptor)
-
-    def renamed(old: Path, new: Path) -> None:
-        order.append("renamed")
-        rename(old, new)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "rename", renamed)
+def test_what_is_renamed_is_on_disk_and_then_the_name(tmp_path: Path, disk_order: list[str]) -> None:
     finish(tmp_path / "block-ap")
-    at, partial = order.index("renamed"), f"{tmp_path}/block-ap.partial"
+    at, partial = disk_order.index(f"named {tmp_path}/block-ap"), f"{tmp_path}/block-ap.partial"
     files = ("resume.json.writing", "model.safetensors", "sub/more.json", "stage.json.writing", "stage.json")
-    assert {partial, *(f"{partial}/{name}" for name in files)} <= set(order[:at])
-    assert str(tmp_path) in order[at:]
+    assert {partial, *(f"{partial}/{name}" for name in files)} <= set(disk_order[:at])
+    assert str(tmp_path) in disk_order[at:]
 
 
 def test_a_lock_that_its_holder_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
