@@ -6,6 +6,7 @@ same figures of one stage and compares them with what the machine has, before th
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,8 +18,9 @@ from qatcli import machine
 from qatcli.activations import StreamBudget, stream_budget
 from qatcli.errors import ResourceError
 from qatcli.memory import release_memory
+from qatcli.models.source import cache_directory
 from qatcli.plan.model import PlannedModel
-from qatcli.plan.needs import MEMORY, Setting, Stream, disk_bytes
+from qatcli.plan.needs import FP32, MEMORY, Setting, Stream, disk_bytes
 from qatcli.plan.tracing import UntraceableError
 from qatcli.recipe import ModelSection, QuantSection, Recipe, check_context, check_group_sizes, check_patterns
 
@@ -112,15 +114,18 @@ def require(recipe: Recipe, stage: str, variant: str, *, device: torch.device, o
     except UntraceableError as error:
         return f"what {stage} needs is not known: {error.message}"
     cache = Path(recipe.block_ap.cache.dir or out)
-    disk = max(0, predicted.disk - bytes_in(out))
+    files = [(out, max(0, predicted.disk - bytes_in(out))), (cache, predicted.cache)]
+    if stage == "calibrate" and s.model.to_convert:
+        files.append((cache_directory(), FP32 * s.model.total))
+    disks = defaultdict[int, list[tuple[Path, int]]](list)  # by file system
+    for folder, size in files:
+        disks[machine.existing(folder).stat().st_dev].append((folder, size))
     knob = KNOBS[stage]
-    larger = "free space, or choose --run or block_ap.cache.dir on a larger disk"
-    same = machine.existing(cache).stat().st_dev == machine.existing(out).stat().st_dev
-    wanted = [
-        ("host memory", predicted.host - libraries(), machine.host_memory(), knob),
-        (f"disk at {out}", disk + (predicted.cache if same else 0), machine.disk_space(out), larger),
-        (f"disk at {cache}", 0 if same else predicted.cache, machine.disk_space(cache), larger),
-    ]
+    larger = "free space, or choose --run, block_ap.cache.dir or $XDG_CACHE_HOME (converted GGUF files) elsewhere"
+    wanted = [("host memory", predicted.host - libraries(), machine.host_memory(), knob)]
+    for placed in disks.values():
+        folder, size = placed[0][0], sum(size for _, size in placed)
+        wanted.append((f"disk at {folder}", size, machine.disk_space(folder), larger))
     if predicted.device is not None:
         wanted.append((f"memory on {device}", predicted.device, machine.device_memory(device), knob))
     doubt = None
