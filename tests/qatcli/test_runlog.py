@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from qatcli import interrupts
+from qatcli.interrupts import interruptible
 from qatcli.runlog import NARROWEST, RunLog, wide
 
 
@@ -56,6 +59,22 @@ def test_progress_is_logged_at_its_beginning_and_not_at_every_unit(tmp_path: Pat
             bar.advance()
     (event,) = events(file)
     assert (event["event"], event["title"], event["count"], event["total"]) == ("progress", "pack", 3, 100)
+
+
+def test_progress_ends_at_a_signal_that_was_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One dropped by a finalizer has to stop a stage at its next unit, not after its last."""
+    advanced = []
+
+    def work() -> None:
+        with interruptible(), RunLog(verbosity=-1).progress("block-ap", 2) as bar:
+            for arrived in ([], [signal.SIGTERM]):
+                monkeypatch.setattr(interrupts, "_arrived", arrived)
+                bar.advance()
+                advanced.append(arrived)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert advanced == [[]]
 
 
 @pytest.mark.parametrize(

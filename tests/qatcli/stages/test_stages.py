@@ -10,7 +10,7 @@ import pytest
 from qatcli.directory import StageDirectory, begin, commit
 from qatcli.errors import InputError
 from qatcli.recipe import Recipe
-from qatcli.stages import STAGES, _open_input, _refuse_another_recipe
+from qatcli.stages import STAGES, _identity, _open_input, _refuse_another_recipe
 
 
 def build(**sections: Any) -> Recipe:
@@ -38,3 +38,20 @@ def test_a_recipe_that_was_edited_two_stages_before_is_refused(tmp_path: Path) -
     _refuse_another_recipe("e2e-qp", found, build(eval={"kl": False}))
     with pytest.raises(InputError, match=r"block_ap\.epochs: was \d+, is 7"):
         _refuse_another_recipe("e2e-qp", found, build(block_ap={"epochs": 7}))
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "free", "binding"),
+    [
+        ("block-ap", "block_ap", {"cache": {"host_gb": 0}}, {"epochs": 7}),
+        ("export", "export", {"formats": ["gptq", "awq"]}, {"dtype": "bfloat16"}),
+        ("eval", "eval", {"cache": False}, {"kl": False}),
+    ],
+)
+def test_a_result_stays_where_only_what_leaves_it_equal_was_edited(
+    stage: str, section: str, free: dict[str, Any], binding: dict[str, Any]
+) -> None:
+    """A format more must not write again what is there, nor the room for activations train again."""
+    made = _identity(STAGES[stage], build(), None)
+    assert _identity(STAGES[stage], build(**{section: free}), None) == made
+    assert _identity(STAGES[stage], build(**{section: binding}), None) != made
