@@ -264,7 +264,7 @@ def _memory() -> Iterator[Finding]:
 def _caches() -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    from qatcli.models.source import cache_directory
+    from qatcli.models.gguf import cache_directory
 
     triton = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     named = {"converted models": cache_directory(), "hub": Path(constants.HF_HUB_CACHE), "triton": triton}

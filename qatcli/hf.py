@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qatcli.linear import PackedLinear, replace_modules
-from qatcli.models.source import refused
+from qatcli.models.refusal import refused
 from qatcli.packed import FORMAT_VERSION, QUANT_METHOD, ModuleQuant, PackedCheckpoint
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qatcli.directory import write_json
-from qatcli.models.source import cache_directory
+from qatcli.models.gguf import cache_directory
 
 LIBRARIES = ("torch", "transformers", "tokenizers")
 # sha256 over the code that measures, as it is when it is loaded

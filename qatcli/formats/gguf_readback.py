@@ -1,25 +1,22 @@
-"""Independent GGUF reader: the container, and the blocks that carry (q - z) * s, without the gguf package.
+"""Independent GGUF reader: the blocks that carry (q - z) * s, without the gguf package.
 
 Shares no code with `layouts.gguf_blocks`: fields are gathered from single bits. Reads Q2_0 (type 42), which gguf-py
-0.19 does not know. Container (GGUF version 3, little endian): magic, version, counts, key-value pairs, tensor infos
-(name, dimensions with the row length first, type, offset), padding, data.
+0.19 does not know.
 """
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qatcli.errors import InputError
+from qatcli.gguf_container import read_container
 
 U8 = NDArray[np.uint8]
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
 # type id: name, values per block, bytes per block
 _BLOCKS = {
     0: ("F32", 1, 4),
@@ -76,31 +73,15 @@ class Decoded:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Parse header, metadata and tensor directory. InputError when the file is not GGUF 3 or is cut off."""
-    try:
-        with open(path, "rb") as handle:
-            magic, version, tensor_count, field_count = struct.unpack("<4sIQQ", handle.read(24))
-            if magic != b"GGUF" or version != 3:
-                raise InputError(f"{path} is not a GGUF version 3 file")
-            fields = {}
-            for _ in range(field_count):
-                key = _string(handle)
-                fields[key] = _value(handle, _scalar(handle, "<I"))
-            infos = []
-            for _ in range(tensor_count):
-                name = _string(handle)
-                sides = [_scalar(handle, "<Q") for _ in range(_scalar(handle, "<I"))]
-                infos.append((name, tuple(sides[::-1]), _scalar(handle, "<I"), _scalar(handle, "<Q")))
-            alignment = fields.get("general.alignment", 32)
-            data = -(-handle.tell() // alignment) * alignment
-    except (struct.error, OSError, KeyError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a readable GGUF file: {error!r}") from error
+    """Parse header, metadata and tensor directory. InputError when the file is not GGUF, cut off or of other types."""
+    fields, stored = read_container(path)
     tensors = {}
-    for name, shape, type_id, offset in infos:
-        if type_id not in _BLOCKS:
-            raise InputError(f"{path}: tensor {name} has ggml type {type_id}, which qat does not write")
-        type_name, length, size = _BLOCKS[type_id]
-        tensors[name] = TensorEntry(type_name, shape, data + offset, int(np.prod(shape)) // length * size)
+    for name, entry in stored.items():
+        if entry.type_id not in _BLOCKS:
+            raise InputError(f"{path}: tensor {name} has ggml type {entry.type_id}, which qat does not write")
+        type_name, length, size = _BLOCKS[entry.type_id]
+        count = int(np.prod(entry.shape))
+        tensors[name] = TensorEntry(type_name, entry.shape, entry.offset, count // length * size)
     return GgufFile(path, fields, tensors)
 
 
@@ -193,20 +174,3 @@ def _half(blocks: U8, start: int) -> NDArray[np.float32]:
 
 def _flat(values: NDArray[np.int16]) -> NDArray[np.int16]:
     return values.reshape(len(values), -1)
-
-
-def _scalar(handle: BinaryIO, form: str) -> Any:
-    return struct.unpack(form, handle.read(struct.calcsize(form)))[0]
-
-
-def _string(handle: BinaryIO) -> str:
-    return handle.read(_scalar(handle, "<Q")).decode("utf-8")
-
-
-def _value(handle: BinaryIO, kind: int) -> Any:
-    if kind == _STRING:
-        return _string(handle)
-    if kind == _ARRAY:
-        inner, count = _scalar(handle, "<I"), _scalar(handle, "<Q")
-        return [_value(handle, inner) for _ in range(count)]
-    return _scalar(handle, _SCALARS[kind])

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qatcli.errors import InputError
-from qatcli.models.source import ModelSource, refused
+from qatcli.models.refusal import refused
+from qatcli.models.source import ModelSource
 
 
 @dataclass(frozen=True)

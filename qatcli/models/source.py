@@ -1,16 +1,9 @@
-"""A model to quantize: a local folder, a hub id or a GGUF file, read one tensor at a time.
-
-A GGUF file is converted once into a safetensors folder under the cache directory (`~/.cache/qat` or
-`$XDG_CACHE_HOME/qat`), in fp32 because its dequantized values do not fit 16 bits exactly.
-"""
+"""A model to quantize: a local folder, a hub id or a GGUF file, read one tensor at a time."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qatcli.errors import InputError, QatError, missing_extra
+from qatcli.errors import InputError
+from qatcli.models.gguf import convert
+from qatcli.models.refusal import refused
 from qatcli.packed import companion_files, read_config
 from qatcli.shards import TensorEntry, read_header, shard_map
 
@@ -86,24 +81,6 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 @contextmanager
-def refused(what: str) -> Iterator[None]:
-    """InputError for whatever a library raises about a file that is not what it should be.
-
-    There is no telling what: a config with a list for a number fails at the first sum, wherever that is. Too little
-    memory stays what it is.
-    """
-    try:
-        yield
-    except (QatError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if "can't allocate memory" in str(error):
-            raise
-        reason = " ".join(str(error).split())[:500] or "no reason given"
-        raise InputError(f"{what}: {reason}", hint="check or replace the files of the model") from error
-
-
-@contextmanager
 def fetching(repo: str) -> Iterator[None]:
     """InputError for whatever goes wrong between the hub and us."""
     from huggingface_hub.errors import HFValidationError
@@ -133,7 +110,7 @@ def open_source(
         raise InputError(f"{source} is a file but not .gguf", hint="give a model folder or a GGUF file")
     gguf = None if path.is_dir() else path
     if gguf is not None:
-        path = _convert_gguf(gguf)
+        path = convert(gguf)
     check_config(path, trust_remote_code=trust_remote_code)
     shards = shard_map(path)
     headers = {file: read_header(path / file) for file in sorted(set(shards.values()))}
@@ -159,18 +136,6 @@ def check_config(path: Path, *, trust_remote_code: bool) -> None:
         )
 
 
-def cache_directory() -> Path:
-    """Where converted models are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qat"
-
-
-def converted(file: Path) -> Path:
-    """Where the converted form of a GGUF file is kept, whether it was made already or not."""
-    with open(file, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return cache_directory() / f"gguf-{digest[:16]}"
-
-
 def _download(repo: str, revision: str | None, gguf_file: str | None) -> Path:
     """The hub's snapshot, or one GGUF file of it."""
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -181,34 +146,6 @@ def _download(repo: str, revision: str | None, gguf_file: str | None) -> Path:
         return Path(
             snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES)
         )
-
-
-def _convert_gguf(file: Path) -> Path:
-    if not file.is_file():
-        raise InputError(f"{file} does not exist", hint="name a GGUF file that is there")
-    if importlib.util.find_spec("gguf") is None:
-        raise missing_extra("gguf", "gguf")
-    target = converted(file)
-    if target.is_dir():
-        return target
-    with refused(f"{file}: transformers cannot read this GGUF file"):
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # The weights are dense now; leaving the GGUF quantizer attached would save them as GGUF blocks again.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=target.name, dir=target.parent, ignore_cleanup_errors=True) as temporary:
-        made = Path(temporary, "model")
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        try:
-            made.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process converted the same file meanwhile
-                raise
-    return target
 
 
 def _fingerprint(path: Path, headers: dict[str, dict[str, TensorEntry]]) -> str:

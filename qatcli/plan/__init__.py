@@ -18,7 +18,7 @@ from qatcli import machine
 from qatcli.activations import StreamBudget, stream_budget
 from qatcli.errors import ResourceError
 from qatcli.memory import release_memory
-from qatcli.models.source import cache_directory
+from qatcli.models.gguf import cache_directory
 from qatcli.plan.model import PlannedModel
 from qatcli.plan.needs import FP32, MEMORY, Setting, Stream, disk_bytes
 from qatcli.plan.tracing import UntraceableError

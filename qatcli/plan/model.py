@@ -22,7 +22,9 @@ from transformers import AutoConfig
 from qatcli.blockfiles import block_quants
 from qatcli.linear import replace_modules
 from qatcli.models.blocks import BlockModel, open_blocks
-from qatcli.models.source import ModelSource, check_config, converted, fetching, refused
+from qatcli.models.gguf import converted
+from qatcli.models.refusal import refused
+from qatcli.models.source import ModelSource, check_config, fetching
 from qatcli.packed import ModuleQuant
 from qatcli.plan.tracing import CPU, LINEARS, Passes, trace, without_data
 from qatcli.recipe.schema import ModelSection, QuantSection

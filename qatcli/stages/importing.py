@@ -10,7 +10,7 @@ from typing import Any
 
 from qatcli.directory import adopt
 from qatcli.formats.importing import import_checkpoint
-from qatcli.models.source import refused
+from qatcli.models.refusal import refused
 from qatcli.packed import PackedCheckpoint
 from qatcli.sizes import bits_per_weight
 from qatcli.stages import Job

@@ -12,12 +12,16 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from qatcli.errors import QatError
+from qatcli.errors import InputError, QatError
 from qatcli.formats import FORMATS, ExportOptions, compare, gguf, gguf_model, source
 from qatcli.formats.gguf_readback import GgufFile, open_gguf
 from qatcli.formats.layouts import gguf_blocks
 from qatcli.formats.runtimes import run
-from qatcli.formats.runtimes.reference import reference
+from qatcli.formats.runtimes.reference import dense_model, reference
+from qatcli.gguf_container import Stored
+from qatcli.models import gguf as converting
+from qatcli.models.gguf import add_rope_scaling
+from qatcli.models.source import open_source
 from qatcli.packed import PackedCheckpoint
 
 pytest.importorskip("gguf", reason="gguf is not installed (pip install 'qatcli[gguf]')")
@@ -418,6 +422,95 @@ def test_llama3_rope_factors_are_transformers_own() -> None:
     factors = gguf_model.rope_factors(config.to_dict())
     assert factors is not None
     np.testing.assert_allclose(factors, (plain / scaled).numpy(), rtol=1e-5)
+
+
+LLAMA31 = {**LLAMA3, "original_max_position_embeddings": 8192}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+
+
+@pytest.fixture
+def own_tokenizer(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes no tokenizer of the bytes alone that the tiny models have."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    monkeypatch.setattr(converting.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+
+
+@pytest.mark.usefixtures("own_tokenizer")
+@pytest.mark.parametrize(
+    ("name", "rope"),
+    [
+        ("llama", {"rope_type": "default", "rope_theta": 1e4}),
+        ("llama", LLAMA31),
+        ("qwen2", LINEAR),
+        ("qwen2", YARN),
+        ("gemma3", {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}),
+    ],
+)
+def test_a_source_has_its_positions_as_stretched_as_the_file_says(
+    model_of: Callable[[str], PackedCheckpoint], packed: Packed, tmp_path: Path, name: str, rope: dict[str, object]
+) -> None:
+    """transformers makes a model without them."""
+    checkpoint = packed(4) if name == "llama" else model_of(name)
+    stretched = replace(checkpoint, config={**checkpoint.config, "rope_parameters": rope})
+    FORMATS["gguf"].write(stretched, tmp_path / "out", OPTIONS)
+    found = open_source(str(converting.convert(tmp_path / "out" / "model.gguf")))
+    assert found.config().rope_parameters == rope
+    tokens = torch.arange(100)[None] % 250 + 2
+    with torch.no_grad():
+        logits = found.load_model(torch.float32, torch.device("cpu"))(tokens).logits
+        torch.testing.assert_close(
+            logits, dense_model(stretched)(tokens).logits, rtol=0, atol=0.02 * float(logits.std())
+        )
+
+
+@pytest.mark.usefixtures("own_tokenizer")
+def test_a_source_that_stretches_positions_in_a_way_of_its_own_is_refused(packed: Packed, tmp_path: Path) -> None:
+    checkpoint = replace(packed(4), config={**packed(4).config, "rope_parameters": LLAMA3})  # from a context of 64
+    FORMATS["gguf"].write(checkpoint, tmp_path / "out", OPTIONS)
+    with pytest.raises(InputError, match=r"transformers cannot be told \(rope_freqs\.weight\)") as caught:
+        open_source(str(tmp_path / "out" / "model.gguf"))
+    assert "safetensors" in (caught.value.hint or "")
+
+
+@pytest.mark.usefixtures("own_tokenizer")
+def test_a_source_with_biases_that_transformers_leaves_out_is_refused(
+    model_of: Callable[[str], PackedCheckpoint], tmp_path: Path
+) -> None:
+    FORMATS["gguf"].write(model_of("llama"), tmp_path / "out", OPTIONS)
+    with pytest.raises(InputError, match="has 8 biases, the model that transformers makes of it 0"):
+        open_source(str(tmp_path / "out" / "model.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("said", "tensors"),
+    [
+        ({"type": "longrope", "factor": 4.0}, ()),
+        ({"type": "yarn", "factor": 4.0}, ()),
+        ({"type": "linear"}, ()),
+        ({"type": "linear", "factor": 4.0, "attn_factor": 1.2}, ()),
+        ({}, ("rope_factors_long.weight",)),
+    ],
+)
+def test_unknown_scalings_are_refused(said: dict[str, object], tensors: tuple[str, ...]) -> None:
+    fields = {"general.architecture": "llama", **{f"llama.rope.scaling.{key}": value for key, value in said.items()}}
+    stored = dict.fromkeys(tensors, Stored(0, (8,), 0))
+    with pytest.raises(InputError, match=tensors[0] if tensors else r"llama\.rope\.scaling\.type"):
+        add_rope_scaling(transformers.LlamaConfig(**SIZES), Path("m.gguf"), fields, stored)
+
+
+def test_gemma3_of_27_billion_divides_its_attention_as_llama_cpp_does() -> None:
+    config = transformers.Gemma3TextConfig(**{**SIZES, "num_hidden_layers": 62, "layer_types": None})
+    add_rope_scaling(config, Path("m.gguf"), {"general.architecture": "gemma3"}, {})
+    assert config.query_pre_attn_scalar == 16
+
+
+def test_a_block_type_that_gguf_py_lacks_is_refused(tiny_llama: Path, pack: Packed, tmp_path: Path) -> None:
+    checkpoint = pack(tiny_llama, tmp_path / "p", bits=2, group_size=64, symmetric=True, skip=("down_proj",))
+    FORMATS["gguf"].write(checkpoint, tmp_path / "out", OPTIONS)
+    with pytest.raises(InputError, match=r"cannot read blk\.0.* of ggml type 42") as caught:
+        open_source(str(tmp_path / "out" / "model.gguf"))
+    assert "made from" in (caught.value.hint or "")
 
 
 def test_linears_with_a_bias_keep_it(model_of: Callable[[str], PackedCheckpoint], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qatcli.errors import InputError, QatError
-from qatcli.models import source as source_module
-from qatcli.models.source import cache_directory, load_tokenizer, open_source
+from qatcli.models.gguf import cache_directory
+from qatcli.models.source import load_tokenizer, open_source
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_a_gguf_file_that_is_not_in_the_folder(model: Path) -> None:
 
 def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(source_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(QatError) as caught:
         open_source(str(tmp_path / "model.gguf"))
     assert caught.value.hint is not None
@@ -134,7 +135,7 @@ def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(tmp_path: Path, monke
     pytest.importorskip("gguf", reason="the package gguf is not installed (pip install 'qatcli[gguf]')")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(range(64)))
-    with pytest.raises(InputError, match=r"model\.gguf: transformers cannot read"):
+    with pytest.raises(InputError, match=r"model\.gguf is not a GGUF file of version 2 or 3"):
         open_source(str(tmp_path / "model.gguf"))
     assert not (tmp_path / "cache").exists() or list((tmp_path / "cache").rglob("*.safetensors")) == []
 

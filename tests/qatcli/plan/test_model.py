@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import GPTJConfig, LlamaConfig
 
 from qatcli.errors import InputError
-from qatcli.models.source import converted
+from qatcli.models.gguf import converted
 from qatcli.packed import ModuleQuant, QuantizedLinear, pack_linear
 from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
 from qatcli.recipe import ModelSection, QuantSection

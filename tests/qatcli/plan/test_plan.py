@@ -13,7 +13,7 @@ import torch
 import qatcli.plan
 from qatcli import machine
 from qatcli.errors import RecipeError, ResourceError
-from qatcli.models.source import cache_directory
+from qatcli.models.gguf import cache_directory
 from qatcli.plan import GIB, Need, need, require, setting
 from qatcli.plan.model import groups_of, packed_bytes
 from qatcli.plan.needs import MEMORY, disk_bytes

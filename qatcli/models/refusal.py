@@ -1,0 +1,28 @@
+"""What libraries raise about files that are not what they should be, as an error that a user can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from qatcli.errors import InputError, QatError
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """InputError for whatever a library raises about a file that is not what it should be.
+
+    There is no telling what: a config with a list for a number fails at the first sum, wherever that is. Too little
+    memory stays what it is.
+    """
+    try:
+        yield
+    except (QatError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:500] or "no reason given"
+        raise InputError(f"{what}: {reason}", hint="check or replace the files of the model") from error
