@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qatcli.linear import PackedLinear, replace_modules
-from qatcli.models.refusal import refused
+from qatcli.models.refusal import load_complete
 from qatcli.packed import FORMAT_VERSION, QUANT_METHOD, ModuleQuant, PackedCheckpoint
 
 
@@ -86,8 +85,4 @@ def load_packed(path: Path, *, dtype: torch.dtype | str, device: torch.device, t
     InputError when the checkpoint is not complete or its architecture is unknown to transformers.
     """
     PackedCheckpoint.open(path)
-    with refused(f"{path}: transformers cannot load it"):
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
-    return model.to(device).eval()
+    return load_complete(path, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()

@@ -32,6 +32,7 @@ from qatcli.shards import ShardWriter, read_header, shard_map
 FORMAT_VERSION = 1
 QUANT_METHOD = "qat"
 PACKED, SCALE, ZERO_POINT = ".weight_packed", ".weight_scale", ".weight_zero_point"
+HEAD = "lm_head.weight"
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
     *("generation_config.json", "chat_template*", "*.tiktoken"),
@@ -170,11 +171,10 @@ class PackedCheckpoint:
         if missing:
             raise InputError(f"{path} lacks {len(missing)} tensors of quantized linears, first: {missing[0]}")
         _check_shapes(path, modules, shards)
-        return cls(path, config, modules, shards)
-
-    @property
-    def symmetric(self) -> bool:
-        return bool(self.config["quantization_config"].get("symmetric", False))
+        checkpoint = cls(path, config, modules, shards)
+        if config.get("tie_word_embeddings") and checkpoint._has_own_head():
+            config["tie_word_embeddings"] = False  # transformers goes by the tensors, other runtimes by the config
+        return checkpoint
 
     def tensor(self, name: str) -> Tensor:
         """One tensor by its name in the file."""
@@ -204,6 +204,13 @@ class PackedCheckpoint:
         """Names of the tensors that belong to no quantized linear."""
         quantized = {n + s for n in self.modules for s in (PACKED, SCALE, ZERO_POINT, ".bias")}
         return [name for name in self.shards if name not in quantized]
+
+    def _has_own_head(self) -> bool:
+        """Whether there is an output head beside the embeddings, and not the same values."""
+        dense = self.dense_names()
+        head = self.tensor(HEAD) if HEAD in dense else None
+        others = (self.tensor(name) for name in dense if name != HEAD and ("embed" in name or "wte" in name))
+        return head is not None and not any(torch.equal(head, other) for other in others)
 
     def companion_files(self) -> list[Path]:
         """Tokenizer and generation files that travel with the model."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qatcli.casting import equally_finite
 from qatcli.errors import InputError, QatError
-from qatcli.packed import SCALE, ZERO_POINT, PackedCheckpoint, unpack_zero_point
+from qatcli.packed import HEAD, SCALE, ZERO_POINT, PackedCheckpoint, unpack_zero_point
 
 _SHOWN = 4
 
@@ -131,7 +131,7 @@ def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def dense_tensor_names(checkpoint: PackedCheckpoint) -> list[str]:
     """Tensors copied as they are; a head that is tied to the embeddings is left out."""
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
-    return [name for name in checkpoint.dense_names() if not (tied and name == "lm_head.weight")]
+    return [name for name in checkpoint.dense_names() if not (tied and name == HEAD)]
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from qatcli.errors import InputError
 from qatcli.models.gguf import convert
-from qatcli.models.refusal import refused
+from qatcli.models.refusal import load_complete, refused
 from qatcli.packed import companion_files, read_config
 from qatcli.shards import TensorEntry, read_header, shard_map
 
@@ -65,12 +65,8 @@ class ModelSource:
         return tensors
 
     def load_model(self, dtype: torch.dtype | str, device: torch.device) -> Any:
-        """The whole model, for the end-to-end teacher and for evaluation. InputError when it does not load."""
-        with refused(f"{self.path}: transformers cannot load it"):
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=dtype, trust_remote_code=self.trust_remote_code, use_safetensors=True
-            )
-        return model.to(device).eval()
+        """The whole model: the end-to-end teacher, or to be evaluated. InputError when it does not load, or not all."""
+        return load_complete(self.path, dtype=dtype, trust_remote_code=self.trust_remote_code).to(device).eval()
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:

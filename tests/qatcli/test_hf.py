@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qatcli.errors import InputError
+from qatcli.formats.runtimes.reference import dense_model
 from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear
+from qatcli.models.source import open_source
 from qatcli.packed import PackedCheckpoint, read_config
 
 CPU = torch.device("cpu")
@@ -130,3 +133,21 @@ def test_an_unknown_architecture_is_an_input_error(
     (packed / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="transformers cannot load it"):
         load_packed(packed, dtype="auto", device=CPU)
+
+
+def test_a_model_that_lacks_a_tensor_is_refused(
+    random_llama: Path, pack_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers gives what is missing random values, and a figure of these would be kept."""
+    packed = pack_model(random_llama, tmp_path / "packed")
+    shutil.copytree(random_llama, tmp_path / "model")
+    for folder in (packed, tmp_path / "model"):
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.layers.1.input_layernorm.weight"], tensors["lm_head.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"packed lacks 2 tensors of its architecture, first: lm_head\.weight"):
+        load_packed(packed, dtype=torch.float32, device=CPU)
+    with pytest.raises(InputError, match="model lacks 2 tensors"):
+        open_source(str(tmp_path / "model")).load_model(torch.float32, CPU)
+    with pytest.raises(InputError, match=r"packed does not fit its architecture: lm_head\.weight"):
+        dense_model(PackedCheckpoint.open(packed))

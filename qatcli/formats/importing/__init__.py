@@ -25,6 +25,8 @@ from qatcli.formats.importing.linears import CODES, KINDS, PARTS, Storage, read_
 from qatcli.formats.source import skeleton
 from qatcli.packed import PackedWriter, QuantizedLinear, companion_files, quantization_config, read_config
 
+DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # buffers that older releases saved
+
 
 def import_checkpoint(path: Path, out: Path) -> None:
     """Write the packed form of the checkpoint at `path` to `out`, complete or not at all.
@@ -39,7 +41,8 @@ def import_checkpoint(path: Path, out: Path) -> None:
     names = sorted(name.rpartition(".")[0] for name in files.shards if name.endswith(CODES))
     if not names:
         raise InputError(f"{path} has no tensor *{' or *'.join(CODES)}", hint=f"what is imported: {KINDS}")
-    sizes = _linear_sizes(config)
+    architecture = skeleton(config)
+    sizes = _linear_sizes(architecture)
     with atomic_directory(out) as work:
         writer = PackedWriter(work)
         symmetric, scale_dtype = True, torch.float16
@@ -49,8 +52,9 @@ def import_checkpoint(path: Path, out: Path) -> None:
             symmetric = symmetric and bool((linear.zero_point == 1 << (linear.bits - 1)).all())
             writer.add_linear(name, linear)
         taken = {f"{name}.{part}" for name in names for part in (*PARTS, "bias")}
+        known = architecture.state_dict().keys()
         for name in files.shards:
-            if name not in taken:
+            if name not in taken and (name in known or not name.endswith(DERIVED)):
                 writer.add_tensor(name, files.tensor(name))
         first = writer.modules[names[0]]
         quantization = quantization_config(
@@ -75,18 +79,18 @@ def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _linear_sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every linear the architecture has."""
-    modules = ((name, m) for name, m in skeleton(config).named_modules() if isinstance(m, torch.nn.Linear))
-    return {name: (module.out_features, module.in_features) for name, module in modules}
+def _linear_sizes(architecture: Any) -> dict[str, tuple[int, int, bool]]:
+    """(out_features, in_features, whether it has a bias) of every linear."""
+    modules = ((name, m) for name, m in architecture.named_modules() if isinstance(m, torch.nn.Linear))
+    return {name: (module.out_features, module.in_features, module.bias is not None) for name, module in modules}
 
 
 def _import_linear(
-    files: TensorFiles, name: str, storage: Storage, sizes: Mapping[str, tuple[int, int]]
+    files: TensorFiles, name: str, storage: Storage, sizes: Mapping[str, tuple[int, int, bool]]
 ) -> QuantizedLinear:
     if name not in sizes:
         raise InputError(f"{files.path}: {name} is quantized but the architecture has no such linear")
-    rows, columns = sizes[name]
+    rows, columns, biased = sizes[name]
     tensors = {part: files.tensor(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in files.shards}
     try:
         triple, bits = read_linear(tensors, storage, columns)
@@ -95,6 +99,10 @@ def _import_linear(
         raise InputError(f"{files.path}: {name} does not fit the {storage.name} layout: {error}") from error
     groups = triple.scale.shape[1]
     bias = files.tensor(name + ".bias") if name + ".bias" in files.shards else None
+    if bias is not None and not biased:
+        if bias.any():
+            raise InputError(f"{files.path}: {name} has a bias, in its architecture it has none")
+        bias = None  # AutoGPTQ and optimum write zeros
     return QuantizedLinear(
         codes=torch.from_numpy(triple.codes),
         scale=torch.from_numpy(triple.scale),

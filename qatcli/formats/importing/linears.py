@@ -60,6 +60,8 @@ def storage_of(path: Path, settings: Mapping[str, Any]) -> Storage:
             raise InputError(
                 f"{path} stores compressed-tensors as {settings.get('format')}", hint="only pack-quantized is imported"
             )
+        if settings.get("transform_config"):
+            raise InputError(f"{path} rotates activations (transform_config)", hint="only plain weights are imported")
         return Storage("compressed-tensors")
     raise InputError(f"{path} has quant_method {method}", hint=f"what is imported: {KINDS}")
 
@@ -98,10 +100,12 @@ def _pack_quantized(tensors: Mapping[str, Tensor], columns: int) -> tuple[readba
     bits = next((bits for bits in (2, 3, 4, 8) if packed.shape[1] == -(-columns * bits // 32)), 0)
     if not bits:
         raise ValueError(f"{packed.shape[1]} words per output hold no 2, 3, 4 or 8 bits for {columns} inputs")
-    if "weight_zero_point" in tensors:
-        zero_point = tensors["weight_zero_point"].numpy()
-        return readback.pack_quantized(packed, zero_point, scale, bits=bits, in_features=columns), bits
     middle = np.full(scale.shape, 1 << (bits - 1), np.uint8)
+    zero_point = tensors["weight_zero_point"].numpy() if "weight_zero_point" in tensors else None
+    if zero_point is not None and zero_point.dtype == np.int8:  # before April 2025: one byte each, around the middle
+        return readback.Triple(readback.stream(packed, bits, columns), middle + zero_point.view(np.uint8), scale), bits
+    if zero_point is not None:
+        return readback.pack_quantized(packed, zero_point, scale, bits=bits, in_features=columns), bits
     return readback.Triple(readback.stream(packed, bits, columns), middle, scale), bits
 
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qatcli.errors import InputError
 from qatcli.formats import source
 from qatcli.packed import PackedCheckpoint
 
@@ -78,7 +79,7 @@ def dense_weight(linear: source.Arrays) -> NDArray[np.float32]:
 
 
 def dense_model(checkpoint: PackedCheckpoint) -> Any:
-    """The transformers model with dense fp32 weights. ValueError when the tensors do not fit the architecture.
+    """The transformers model with dense fp32 weights. InputError when the tensors do not fit the architecture.
 
     Loaded by transformers, which knows families whose checkpoints have other names than their modules (GPT-NeoX), and
     which takes the tensors as they are: every weight is in memory once.
@@ -99,7 +100,7 @@ def dense_model(checkpoint: PackedCheckpoint) -> Any:
         None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
     if odd := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
-        raise ValueError(f"the checkpoint does not fit its architecture: {odd[:3]}")
+        raise InputError(f"{checkpoint.path} does not fit its architecture: {', '.join(odd[:3])}")
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from qatcli.errors import InputError, QatError, VerificationError
@@ -240,6 +242,28 @@ def test_dense_weights_are_compared_in_parts(tmp_path: Path, monkeypatch: pytest
     finally:
         tracemalloc.stop()
     np.testing.assert_array_equal(found.codes, codes)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_head_of_its_own_is_exported_whatever_the_config_says(
+    tiny_llama: Path, pack: Packed, tmp_path: Path, own: bool
+) -> None:
+    """transformers ties nothing where both tensors are there and differ; other runtimes go by the config."""
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(tiny_llama / "model.safetensors")
+    if not own:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    checkpoint = pack(tmp_path / "model", tmp_path / "packed", bits=4)
+    FORMATS["dense"].write(checkpoint, tmp_path / "out", INTEGERS_ONLY)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is not own
+    assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) == own
+    assert FORMATS["dense"].verify(checkpoint, tmp_path / "out", INTEGERS_ONLY).passed
+    head = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight
+    torch.testing.assert_close(head.float(), tensors["lm_head.weight"], rtol=1e-3, atol=1e-4)
 
 
 def test_wrong_version_in_the_config_is_caught(packed: Packed, tmp_path: Path) -> None:

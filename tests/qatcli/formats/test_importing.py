@@ -195,3 +195,49 @@ def test_columns_out_of_order_are_refused_in_compressed_tensors_too(packed: Pack
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"up_proj .*desc_act"):
         import_checkpoint(tmp_path / "export", tmp_path / "packed")
+
+
+def test_zero_points_of_one_byte_each(packed: Packed, tmp_path: Path) -> None:
+    """compressed-tensors before April 2025 stored them so, around the middle of the grid."""
+    checkpoint = packed(4)
+    FORMATS["compressed-tensors"].write(checkpoint, tmp_path / "export", OPTIONS)
+    tensors = load_file(tmp_path / "export" / "model.safetensors")
+    for name in checkpoint.modules:
+        zero_point = source.arrays(checkpoint, name).zero_point.astype(np.int16) - 8
+        tensors[name + ".weight_zero_point"] = torch.from_numpy(zero_point.astype(np.int8))
+    save_file(tensors, tmp_path / "export" / "model.safetensors", metadata={"format": "pt"})
+    import_checkpoint(tmp_path / "export", tmp_path / "packed")
+    _same(PackedCheckpoint.open(tmp_path / "packed"), checkpoint)
+
+
+def _add(export: Path, **tensors: torch.Tensor) -> None:
+    found = load_file(export / "model.safetensors")
+    save_file({**found, **tensors}, export / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_rotated_activations_are_refused(packed: Packed, tmp_path: Path) -> None:
+    FORMATS["compressed-tensors"].write(packed(4), tmp_path / "export", OPTIONS)
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    config["quantization_config"]["transform_config"] = {"config_groups": {"u": {"type": "hadamard"}}}
+    (tmp_path / "export" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="rotates activations"):
+        import_checkpoint(tmp_path / "export", tmp_path / "packed")
+
+
+def test_what_older_tools_saved_beside_the_weights_is_left(packed: Packed, tmp_path: Path) -> None:
+    """Zeros for biases that Llama has not, and frequencies that follow from the configuration."""
+    checkpoint, name = packed(4), "model.layers.0.mlp.up_proj"
+    FORMATS["gptq"].write(checkpoint, tmp_path / "export", OPTIONS)
+    extra = {name + ".bias": torch.zeros(96), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    _add(tmp_path / "export", **extra)
+    import_checkpoint(tmp_path / "export", tmp_path / "packed")
+    found = PackedCheckpoint.open(tmp_path / "packed")
+    _same(found, checkpoint)
+    assert not extra.keys() & found.shards.keys()
+
+
+def test_a_bias_that_the_architecture_has_not_is_refused(packed: Packed, tmp_path: Path) -> None:
+    FORMATS["gptq"].write(packed(4), tmp_path / "export", OPTIONS)
+    _add(tmp_path / "export", **{"model.layers.0.mlp.up_proj.bias": torch.ones(96)})
+    with pytest.raises(InputError, match="up_proj has a bias"):
+        import_checkpoint(tmp_path / "export", tmp_path / "packed")

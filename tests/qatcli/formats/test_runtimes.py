@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from qatcli.errors import InputError
 from qatcli.formats import FORMATS, ExportOptions, source
 from qatcli.formats.contract import Verification
 from qatcli.formats.runtimes import RUNTIMES, obstacle, run, verify_in
@@ -117,7 +118,7 @@ def test_the_reference_holds_every_weight_once(packed: Packed, monkeypatch: pyte
 
 def test_a_tensor_that_the_reference_lacks_is_named(packed: Packed) -> None:
     shards = {name: file for name, file in packed(4).shards.items() if name != "lm_head.weight"}
-    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+    with pytest.raises(InputError, match=r"lm_head\.weight"):
         dense_model(replace(packed(4), shards=shards))
 
 
