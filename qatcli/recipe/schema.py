@@ -275,8 +275,8 @@ class ExportSection(Section):
     """Read every export back with other code and compare it; `qat export --verify` and `--no-verify` set this."""
     runtimes: bool = True
     """Also load it in the installed libraries that serve the format and compare logits."""
-    dtype: Literal["float16", "bfloat16"] = "float16"
-    """native, dense: type of everything that is not quantized."""
+    dtype: Literal["auto", "float16", "bfloat16"] = "auto"
+    """native, dense: type of everything that is not quantized; `auto`: bfloat16 where the model is stored so."""
     max_shard_gb: Positive = 5.0
     """Size above which a new safetensors shard begins."""
     awq_promote: bool = False

@@ -29,7 +29,8 @@ def run(job: Job) -> dict[str, Any]:
     """Write and verify the format that the job names. A killed run keeps its whole shards, then the written export."""
     written = job.out / WRITTEN
     if not (job.out / VERIFICATION).is_file():  # else it was killed while the files were moved
-        checkpoint, options = PackedCheckpoint.open(job.input.path), export_options(job.recipe.export)
+        checkpoint = PackedCheckpoint.open(job.input.path)
+        options = export_options(job.recipe.export, checkpoint)
         if not written.is_dir():
             FORMATS[job.variant].write(checkpoint, written, options)
         if job.recipe.export.verify:
@@ -74,10 +75,11 @@ def summary(verification: Verification) -> str:
     return f"{line}; logits differ by at most {largest:.3g}, {allowed:.3g} is allowed"
 
 
-def export_options(section: ExportSection) -> ExportOptions:
+def export_options(section: ExportSection, checkpoint: PackedCheckpoint) -> ExportOptions:
     """The formats' options as the recipe sets them. The stage's own directory is resumed by equal options only."""
+    stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
     return ExportOptions(
-        dtype=section.dtype,
+        dtype=("bfloat16" if stored == "bfloat16" else "float16") if section.dtype == "auto" else section.dtype,
         max_shard_bytes=section.max_shard_gb * 1e9,
         awq_promote=section.awq_promote,
         bitblas_zeros=section.bitblas_zeros,

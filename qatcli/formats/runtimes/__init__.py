@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from qatcli.formats.contract import RuntimeReport, Verification
 from qatcli.formats.runtimes.reference import Reference, reference
 from qatcli.packed import PackedCheckpoint, read_config
 
+FP16_MAX = 65504.0
 PARAMETERS_AT_MOST = 3e9  # the reference computes in fp32 on the CPU
 _SECONDS = 1800
 _INTEGERS = "codes, zero points and scales were compared and are equal"
@@ -69,6 +70,11 @@ def verify_in(
             expected = expected or reference(checkpoint)
             report = run(name, checkpoint, out, expected)
         verification = verification.with_runtime(report)
+    if expected is not None and expected.largest > FP16_MAX and read_config(out).get("dtype") == "float16":
+        text = f"activations reach {expected.largest:.3g}, which float16, the type in config.json, does not hold"
+        if verification.format in ("native", "dense"):
+            return replace(verification, differences=(*verification.differences, f"{text}: set export.dtype=bfloat16"))
+        verification = verification.with_note(f"{text}: run it in bfloat16")
     return verification
 
 

@@ -27,16 +27,28 @@ _LEAST = 0.05  # of the logits' standard deviation
 
 @dataclass(frozen=True)
 class Reference:
-    """Logits [B, T, V] of `prompts`, and the accepted difference by the precision of a runtime's activations."""
+    """Logits [B, T, V] of `prompts`, the accepted difference by the precision of a runtime's activations, and the
+    largest magnitude that a module gives."""
 
     logits: NDArray[np.float32]
     tolerances: dict[str, float]
+    largest: float
 
 
 def reference(checkpoint: PackedCheckpoint) -> Reference:
     """Run the checkpoint, exactly and with activations rounded."""
     model = dense_model(checkpoint)
+    largest = 0.0
+
+    def watch(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, float(output.abs().max()))
+
+    watching = [module.register_forward_hook(watch) for module in model.modules()]
     exact = logits(model)
+    for hook in watching:
+        hook.remove()
     tolerances = {}
     for name, rounding in ROUNDINGS.items():
         hooks = [
@@ -48,7 +60,7 @@ def reference(checkpoint: PackedCheckpoint) -> Reference:
         tolerances[name] = max(_LEAST * float(exact.std()), _TIMES * moved)
         for hook in hooks:
             hook.remove()
-    return Reference(exact, tolerances)
+    return Reference(exact, tolerances, largest)
 
 
 def _to_8_bits(x: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qatcli.errors import InputError
-from qatcli.formats import FORMATS, ExportOptions, source
-from qatcli.formats.contract import Verification
+from qatcli.formats import FORMATS, ExportOptions, runtimes, source
+from qatcli.formats.contract import RuntimeReport, Verification
 from qatcli.formats.runtimes import RUNTIMES, obstacle, run, verify_in
 from qatcli.formats.runtimes.reference import dense_model, dense_weight, logits, perplexity, prompts, reference
 from qatcli.packed import PackedCheckpoint, read_config
@@ -227,3 +227,38 @@ def test_prompts_fit_every_vocabulary() -> None:
         assert ids.shape == (2, 24)
         assert int(ids.min()) >= 0
         assert int(ids.max()) < size
+
+
+def test_the_largest_activation_is_known(packed: Packed) -> None:
+    """Of the last block's output, too, which transformers replaces by the norm's in its hidden states."""
+    model, seen = dense_model(packed(4)), []
+    model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        ids = torch.from_numpy(prompts(model.config.vocab_size))
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert reference(packed(4)).largest >= max(float(state.abs().max()) for state in (*seen, *states))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "finding"),
+    [
+        ("dense", "float16", "differences"),
+        ("native", "float16", "differences"),
+        ("native", "bfloat16", None),
+        ("compressed-tensors", "float16", "notes"),
+    ],
+)
+def test_activations_that_the_stated_type_does_not_hold(
+    packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str, finding: str | None
+) -> None:
+    """Computed in fp32 the export is right; loaded as its config.json says it gives infinities."""
+    monkeypatch.setattr(runtimes, "obstacle", lambda *_: None)
+    monkeypatch.setattr(runtimes, "run", lambda runtime, *_: RuntimeReport(runtime, ran=True))
+    monkeypatch.setattr(runtimes, "reference", lambda checkpoint: replace(reference(checkpoint), largest=1e5))
+    options = ExportOptions(dtype=dtype)
+    FORMATS[name].write(packed(4), tmp_path / "out", options)
+    found = FORMATS[name].verify(packed(4), tmp_path / "out", options)
+    assert found.passed == (finding != "differences")
+    said = {"differences": found.differences, "notes": found.notes}
+    for where, texts in said.items():
+        assert any("activations reach 1e+05" in text for text in texts) == (where == finding)

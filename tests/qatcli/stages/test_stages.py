@@ -9,8 +9,10 @@ import pytest
 
 from qatcli.directory import StageDirectory, begin, commit
 from qatcli.errors import InputError
+from qatcli.packed import PackedCheckpoint
 from qatcli.recipe import Recipe
 from qatcli.stages import STAGES, _identity, _open_input, _refuse_another_recipe
+from qatcli.stages.export import export_options
 
 
 def build(**sections: Any) -> Recipe:
@@ -55,3 +57,20 @@ def test_a_result_stays_where_only_what_leaves_it_equal_was_edited(
     made = _identity(STAGES[stage], build(), None)
     assert _identity(STAGES[stage], build(**{section: free}), None) == made
     assert _identity(STAGES[stage], build(**{section: binding}), None) != made
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "written"),
+    [
+        ({"dtype": "bfloat16"}, "auto", "bfloat16"),
+        ({"torch_dtype": "bfloat16"}, "auto", "bfloat16"),
+        ({"dtype": "float32"}, "auto", "float16"),
+        ({}, "auto", "float16"),
+        ({"dtype": "bfloat16"}, "float16", "float16"),
+    ],
+)
+def test_exports_are_stored_as_the_model_is(stored: dict[str, str], given: str, written: str) -> None:
+    """What is beyond float16 in a bfloat16 model stays finite."""
+    checkpoint = PackedCheckpoint(Path("p"), stored, {}, {})
+    section = build(export={"dtype": given}).export
+    assert export_options(section, checkpoint).dtype == written
