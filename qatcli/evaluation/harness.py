@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from qatcli.errors import InputError
 from qatcli.evaluation.rows import Request, rows_of, score_row, share_prefixes, takes_rows
 from qatcli.runlog import RunLog
 
@@ -47,6 +48,10 @@ class RowModel(HFLM):
     ) -> list[tuple[float, bool]]:
         # What lm-eval does with a request that is longer than the model's context: the left end goes.
         cut = self.max_length + 1
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest >= cut:
+            text = f"{self._title}: a choice has {longest} tokens, the model a context of {self.max_length}"
+            raise InputError(text, hint="leave the task out, or choose a model with a longer context")
         asked = [Request((context + continuation)[-cut:], len(continuation)) for _, context, continuation in requests]
         rows = list(rows_of(share_prefixes(asked, self._batch_tokens), self._batch_tokens))
         settings = {"device": self.device, "dtype": self._dtype}

@@ -106,8 +106,9 @@ def measure(
         log.say(f"eval: {subject.name}")
         found: dict[str, Any] = {"loaded_as": subject.candidate.loaded_as, "size": None, "speed": None}
         if settings:  # first, while nothing but the model is there
-            found["speed"] = _speed(subject, device, settings, log)
-        _warn_beyond_context(subject, config, log)
+            found["speed"] = _speed(subject, config, device, settings, log)
+        else:
+            _check_context(subject, config, log)
         if subject.candidate.path is not None:
             found["size"] = model_size(subject.candidate.files or subject.candidate.path, subject.model)
         found |= _quality(subject, base, suite, config, device=device, dtype=dtype, log=log)
@@ -133,21 +134,36 @@ def _check_tokenizers(subjects: Sequence[Subject], base: Subject) -> None:
                 )
 
 
-def _warn_beyond_context(subject: Subject, config: EvalSection, log: RunLog) -> None:
-    """A model is measured on windows longer than its context, as asked, but not without a word."""
-    context = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
-    for text in config.perplexity:
-        if context and text.seq_len > context:
-            log.warn(
-                f"{subject.name} has a context of {context} tokens and is measured on windows of {text.seq_len} "
-                f"({text.name}), for which it was not trained: ask for {context} or less"
-            )
+def _check_context(subject: Subject, config: EvalSection, log: RunLog) -> None:
+    """A model is measured on windows longer than its context, as asked, but not without a word. InputError where its
+    positions are a table, which ends there."""
+    context, table = _context(subject.model)
+    asked = [(f"windows of {text.seq_len} ({text.name})", text.seq_len) for text in config.perplexity]
+    if table and config.speed:
+        asked.append(("speed", config.speed.prompt_tokens + config.speed.new_tokens))
+    for what, tokens in asked:
+        if context and tokens > context:
+            text = f"{subject.name} has a context of {context} tokens and is measured on {what}"
+            if table:
+                hint = f"ask for {context} or less: --seq-len, eval.speed.prompt_tokens, or --no-speed"
+                raise InputError(f"{text}: it has no positions beyond", hint=hint)
+            log.warn(f"{text}, for which it was not trained: ask for {context} or less")
 
 
-def _speed(subject: Subject, device: torch.device, settings: dict[str, int], log: RunLog) -> dict[str, Any]:
+def _context(model: Any) -> tuple[int | None, bool]:
+    """The context that a model was made for, and whether its positions are an embedding, which ends there."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    return context, context is not None and any(context <= rows <= context + 2 for rows in tables)  # OPT has 2 more
+
+
+def _speed(
+    subject: Subject, config: EvalSection, device: torch.device, settings: dict[str, int], log: RunLog
+) -> dict[str, Any]:
     """Speed, and the memory of loading and running: bytes of weights, and the peak of all that was added."""
     with part_peak(device) as peak, log.progress(f"speed {subject.name}", settings["repeats"]) as bar:
         model = subject.model
+        _check_context(subject, config, log)
         found = speed(model, device=device, progress=bar.advance, **settings)
     return found | {"dtype": _name(model.dtype), "weight_bytes": weight_bytes(model), "peak": peak}
 
@@ -258,10 +274,12 @@ def _protocol(text: PerplexityText, subjects: Sequence[Subject], dtype: torch.dt
 def _continue(subject: Subject, prompt: str, config: EvalSection, device: torch.device, dtype: torch.dtype) -> str:
     """Greedy continuation of a prompt."""
     inputs = subject.tokenizer(prompt, return_tensors="pt").to(device)
+    context, table = _context(subject.model)
+    left = context - inputs["input_ids"].shape[1] if table and context else config.max_new_tokens
     with autocast(device, dtype):
         output = _fast(subject, device, dtype).generate(
             **inputs,
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=max(1, min(left, config.max_new_tokens)),
             do_sample=False,
             use_cache=True,
             pad_token_id=subject.tokenizer.eos_token_id,

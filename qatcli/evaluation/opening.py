@@ -21,7 +21,7 @@ import torch
 from qatcli.directory import STAGE_FILE, open_stage
 from qatcli.errors import InputError
 from qatcli.evaluation.candidates import Candidate, full_precision, packed
-from qatcli.formats.importing import import_checkpoint
+from qatcli.formats.importing import import_checkpoint, require_importable
 from qatcli.formats.importing.linears import CODES
 from qatcli.hf import load_packed
 from qatcli.models.source import load_tokenizer, open_source
@@ -47,6 +47,7 @@ def open_candidate(target: str, device: torch.device, *, keep: bool = False) -> 
         if quantization.get("quant_method") == QUANT_METHOD:
             return packed(target, path, device)
         if any(name.endswith(CODES) for name in shard_map(path)):
+            require_importable(path)
             kind = str(quantization.get("checkpoint_format") or quantization.get("quant_method") or "EfficientQAT")
             load = partial(_import, path, device), partial(load_tokenizer, path)
             return Candidate(target, *load, path, f"{kind}, imported bit for bit")

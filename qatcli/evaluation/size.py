@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qatcli.formats.importing.linears import PARTS
+from qatcli.formats.importing.linears import VALUES
 from qatcli.linear import PackedLinear
 from qatcli.shards import read_header, shard_map
 
@@ -20,7 +20,7 @@ def model_size(files: Path, model: Any) -> dict[str, int | float | None]:
     shards = sorted(set(shard_map(files).values())) if files.is_dir() else []
     total = sum(file.stat().st_size for file in [files / name for name in shards] or [files])
     tensors = {name: entry.bytes for shard in shards for name, entry in read_header(files / shard).items()}
-    packed = sum(size for name, size in tensors.items() if name.endswith(tuple(f".{part}" for part in PARTS)))
+    packed = sum(size for name, size in tensors.items() if name.endswith(tuple(f".{part}" for part in VALUES)))
     quantized = sum(q.in_features * q.out_features for q in _quants(model))
     return {
         "file_bytes": total,

@@ -36,7 +36,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
         format_name="bitblas",
         pack_linear=partial(_pack, zeros_name=options.bitblas_zeros),
         quantization=config,
-        deployments=deployment.bitblas(options.bitblas_zeros),
+        deployments=deployment.bitblas(checkpoint, options.bitblas_zeros),
         options=options,
         extra_files={"quantize_config.json": config},
     )

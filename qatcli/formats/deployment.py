@@ -15,6 +15,7 @@ _ONE_KIND = "does not run it: it reads one number of bits and group size for all
 # vLLM and SGLang compute these linears as one, so their parts must have the same bits and group size, or all be dense.
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _MERGING = ("vLLM", "SGLang")
+_NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "plamo2", "glm4")  # vLLM 0.11, config/model.py
 _PYTHON = "python -c \"from transformers import pipeline; print(pipeline('text-generation', '.')('Hello'))\""
 
 
@@ -32,7 +33,7 @@ def gptq(checkpoint: PackedCheckpoint, *, symmetric: bool) -> list[Deployment]:
         return where_merged(checkpoint, rows)
     if not symmetric:
         rows.append(Deployment("vLLM", "<= 0.11.0", "", "do not use: SILENTLY WRONG: zero points are read off by one"))
-    rows.append(Deployment("vLLM", "0.11.1 to 0.21", "vllm serve . --dtype float16"))
+    rows.append(_in_float16(checkpoint, "0.11.1 to 0.21", "vllm serve . --dtype float16"))
     rows.append(Deployment("SGLang", "<= 0.5.19", _sglang("--dtype float16")))
     if len(kinds) == 1 and all(group > 0 for _, group in kinds):
         rows.append(Deployment("vLLM", ">= 0.22", "vllm serve . --quantization humming", _HUMMING))
@@ -60,12 +61,13 @@ def where_merged(checkpoint: PackedCheckpoint, rows: list[Deployment]) -> list[D
     return rows
 
 
-def bitblas(zeros_name: str) -> list[Deployment]:
+def bitblas(checkpoint: PackedCheckpoint, zeros_name: str) -> list[Deployment]:
     """Rows for BitBLAS, by the name of the zero-point tensor."""
     releases = ">= 5 with bitblas" if zeros_name == "qzeros" else "<= 4 with bitblas"
     rows = [Deployment("GPTQModel", releases, "GPTQModel.load('.')", "CUDA 12; the bitblas project is idle since 2025")]
     if zeros_name == "zeros":
-        rows.append(Deployment("vLLM", "<= 0.14.1", "vllm serve . --quantization gptq_bitblas --dtype float16"))
+        rows.append(_in_float16(checkpoint, "<= 0.14.1", "vllm serve . --quantization gptq_bitblas --dtype float16"))
+        return where_merged(checkpoint, rows)
     return rows
 
 
@@ -77,10 +79,10 @@ def native() -> list[Deployment]:
     ]
 
 
-def awq() -> list[Deployment]:
+def awq(checkpoint: PackedCheckpoint) -> list[Deployment]:
     """Rows for AWQ, the asymmetric 4-bit format most servers detect by themselves."""
     return [
-        Deployment("vLLM", ">= 0.11.1", "vllm serve . --dtype float16", "Marlin kernels on Ampere and newer"),
+        _in_float16(checkpoint, ">= 0.11.1", "vllm serve . --dtype float16", "Marlin kernels on Ampere and newer"),
         Deployment("SGLang", ">= 0.5.10", _sglang("--dtype float16")),
         Deployment("transformers", ">= 5 with gptqmodel", _PYTHON),
         Deployment("GPTQModel", ">= 7", "GPTQModel.load('.')"),
@@ -136,6 +138,13 @@ def dense() -> list[Deployment]:
         Deployment("SGLang", "all", _sglang()),
         Deployment("any other tool", "", "", "an ordinary half-precision Hugging Face checkpoint"),
     ]
+
+
+def _in_float16(checkpoint: PackedCheckpoint, releases: str, command: str, remark: str = "") -> Deployment:
+    """A row of vLLM for kernels of float16 alone, which it refuses to run some families in."""
+    if checkpoint.config["model_type"] in _NOT_IN_FLOAT16:
+        return Deployment("vLLM", releases, "", "does not run it: vLLM refuses this family in float16; export dense")
+    return Deployment("vLLM", releases, command, remark)
 
 
 def _exists(checkpoint: PackedCheckpoint, linear: str) -> bool:

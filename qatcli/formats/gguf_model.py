@@ -180,6 +180,12 @@ def _add_rope(writer: Any, rope: dict[str, Any]) -> None:
 
 
 def _add_gemma3(writer: Any, config: dict[str, Any]) -> None:
+    kinds = config.get("layer_types") or []
+    odd = [n for n, kind in enumerate(kinds) if (kind == "full_attention") != ((n + 1) % 6 == 0)]
+    if odd:
+        raise QatError(
+            f"llama.cpp gives every sixth layer full attention, this model not so layer {odd[0]}", hint=_HINT
+        )
     # llama.cpp takes the scale of attention from the head's width, and for 62 layers (27B) from hidden size and heads.
     width = (
         config["hidden_size"] // config["num_attention_heads"]

@@ -48,6 +48,9 @@ def add_tokenizer(writer: Any, directory: Path, vocabulary: int) -> None:
     if model["type"] != "BPE":
         raise QatError(f"GGUF export knows BPE tokenizers only, this is {model['type']}", hint=_HINT)
     sentencepiece = bool(model.get("byte_fallback"))
+    normalizer = (content.get("normalizer") or {}).get("type", "NFC")
+    if not sentencepiece and normalizer != "NFC":  # texts that are normal already lose nothing
+        raise QatError(f"llama.cpp knows no {normalizer} before a byte-level tokenizer", hint=_HINT)
     tokens, types = token_list(content, vocabulary)
     writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
     writer.add_tokenizer_pre("default" if sentencepiece else pre_tokenizer_name(content.get("pre_tokenizer")))
@@ -122,6 +125,8 @@ def pre_tokenizer_name(pre_tokenizer: dict[str, Any] | None) -> str:
             splits.append(step["pattern"].get("Regex") or step["pattern"]["String"])
         elif step["type"] == "Digits" and step["individual_digits"]:
             splits.append("digits")
+        elif step["type"] == "ByteLevel" and step.get("add_prefix_space"):
+            raise QatError("llama.cpp puts no space in front of a text for byte-level tokenizers", hint=_HINT)
         elif step["type"] == "ByteLevel":
             splits += ["words"] if step.get("use_regex", True) else []
         else:

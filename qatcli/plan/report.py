@@ -81,10 +81,10 @@ def runtimes(s: Setting) -> dict[str, list[Deployment]]:
     gguf_types = {str(likely_type(quant, zero_points, wanted)) for quant in s.model.linears.values()}
     rows = {
         "gptq": deployment.gptq(checkpoint, symmetric=symmetric),
-        "bitblas": deployment.bitblas(s.recipe.export.bitblas_zeros),
+        "bitblas": deployment.bitblas(checkpoint, s.recipe.export.bitblas_zeros),
         "native": deployment.native(),
         "gguf": deployment.gguf("model.gguf", gguf_types),
-        "awq": deployment.where_merged(checkpoint, deployment.awq()),
+        "awq": deployment.where_merged(checkpoint, deployment.awq(checkpoint)),
         "compressed-tensors": deployment.compressed_tensors(checkpoint, symmetric=symmetric),
         "dense": deployment.dense(),
     }

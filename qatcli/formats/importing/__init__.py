@@ -21,7 +21,17 @@ from qatcli.errors import InputError
 from qatcli.formats import readback
 from qatcli.formats.atomic import atomic_directory
 from qatcli.formats.compare import TensorFiles
-from qatcli.formats.importing.linears import CODES, KINDS, PARTS, Storage, read_linear, storage_of
+from qatcli.formats.importing.linears import (
+    CODES,
+    IN_ORDER,
+    KINDS,
+    ORDERS,
+    PARTS,
+    REORDERED,
+    Storage,
+    read_linear,
+    storage_of,
+)
 from qatcli.formats.source import skeleton
 from qatcli.packed import PackedWriter, QuantizedLinear, companion_files, quantization_config, read_config
 
@@ -69,6 +79,15 @@ def import_checkpoint(path: Path, out: Path) -> None:
             shutil.copyfile(file, work / file.name)
 
 
+def require_importable(path: Path) -> None:
+    """InputError for a kind of checkpoint, or an order of columns, that is not imported; no weight is read."""
+    storage_of(path, _settings(path, read_config(path)))
+    files = TensorFiles.open(path)
+    for name in files.shards:
+        if name.endswith(ORDERS) and bool((files.tensor(name).diff() < 0).any()):
+            raise InputError(f"{path}: {name}: {REORDERED}", hint=IN_ORDER)
+
+
 def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The quantization settings: config.json's, else quantize_config.json's, else none (EfficientQAT native)."""
     beside = path / "quantize_config.json"
@@ -89,14 +108,16 @@ def _import_linear(
     files: TensorFiles, name: str, storage: Storage, sizes: Mapping[str, tuple[int, int, bool]]
 ) -> QuantizedLinear:
     if name not in sizes:
-        raise InputError(f"{files.path}: {name} is quantized but the architecture has no such linear")
+        hint = "weights and config.json are of different models; copy the checkpoint again"
+        raise InputError(f"{files.path}: {name} is quantized but the architecture has no such linear", hint=hint)
     rows, columns, biased = sizes[name]
     tensors = {part: files.tensor(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in files.shards}
     try:
         triple, bits = read_linear(tensors, storage, columns)
         _check(triple, rows, columns)
     except (KeyError, ValueError) as error:
-        raise InputError(f"{files.path}: {name} does not fit the {storage.name} layout: {error}") from error
+        hint = IN_ORDER if REORDERED in str(error) else "copy the checkpoint again, or take another export of the model"
+        raise InputError(f"{files.path}: {name} does not fit the {storage.name} layout: {error}", hint=hint) from error
     groups = triple.scale.shape[1]
     bias = files.tensor(name + ".bias") if name + ".bias" in files.shards else None
     if bias is not None and not biased:

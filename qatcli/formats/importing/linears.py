@@ -15,11 +15,12 @@ from qatcli.errors import InputError
 from qatcli.formats import readback
 
 KINDS = "GPTQ, AWQ, BitBLAS, compressed-tensors and EfficientQAT checkpoints"
+REORDERED = "its columns were reordered by activation (desc_act), which the packed form cannot say"
+IN_ORDER = "take a checkpoint that was made without desc_act (activation order)"
 CODES = (".qweight", ".weight_packed")  # the tensor by which a quantized linear is known
-PARTS = (
-    *("qweight", "qzeros", "zeros", "scales", "g_idx"),
-    *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
-)
+VALUES = ("qweight", "qzeros", "zeros", "scales", "weight_packed", "weight_scale", "weight_zero_point")
+ORDERS = ("g_idx", "weight_g_idx")
+PARTS = (*VALUES, *ORDERS, "weight_shape")
 
 
 @dataclass(frozen=True)
@@ -116,4 +117,4 @@ def _scale(scales: Tensor) -> NDArray[Any]:
 
 def _require_order(g_idx: Tensor | None, columns: int, groups: int) -> None:
     if g_idx is not None and not np.array_equal(g_idx.numpy(), np.arange(columns) * groups // columns):
-        raise ValueError("its columns were reordered by activation (desc_act), which the packed form cannot say")
+        raise ValueError(REORDERED)

@@ -177,6 +177,35 @@ def test_windows_beyond_the_context_are_named(
     assert "context of 16 tokens and is measured on windows of 32 (tiny)" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def of_32_positions(tiny_llama: Path, save_random_model: Callable[..., Path]) -> Path:
+    """An OPT, whose positions are a table."""
+    model = save_random_model(
+        "OPTConfig", max_position_embeddings=32, vocab_size=258, ffn_dim=64, word_embed_proj_dim=32
+    )
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, model)
+    return model
+
+
+@pytest.mark.parametrize(("asked", "what"), [({"seq_len": 33}, "windows of 33"), ({"new_tokens": 25}, "speed")])
+def test_beyond_a_table_of_positions_nothing_is_measured(
+    of_32_positions: Path, config: EvalSection, asked: dict[str, int], what: str
+) -> None:
+    text, speed = config.perplexity[0], config.speed
+    assert speed is not None
+    wanted = {"perplexity": (text.model_copy(update=asked),), "speed": speed.model_copy(update=asked)}
+    with pytest.raises(InputError, match=f"context of 32 tokens and is measured on {what}.*no positions") as caught:
+        compare([str(of_32_positions)], config.model_copy(update=wanted), against=None, device=CPU, log=QUIET)
+    assert "ask for 32 or less" in (caught.value.hint or "")
+
+
+def test_a_prompt_is_continued_to_the_end_of_a_table_of_positions(of_32_positions: Path, config: EvalSection) -> None:
+    longer = config.model_copy(update={"max_new_tokens": 100, "perplexity": (), "speed": None})
+    found = compare([str(of_32_positions)], longer, against=None, device=CPU, log=QUIET)
+    assert found["models"][str(of_32_positions)]["samples"]
+
+
 def test_full_precision_is_measured_once(
     packed: Path, tiny_llama: Path, config: EvalSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

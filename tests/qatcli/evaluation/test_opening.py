@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qatcli.directory import begin, commit
@@ -137,3 +138,26 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     with pytest.raises(InputError, match="2 GGUF files"):
         open_candidate(str(tmp_path), CPU)
+
+
+def test_a_checkpoint_that_is_not_imported_is_refused_before_it_is_loaded(packed: Path, tmp_path: Path) -> None:
+    """And so before the models beside it are measured."""
+    FORMATS["gptq"].write(PackedCheckpoint.open(packed), tmp_path / "gptq", ExportOptions(runtimes=False))
+    tensors = load_file(tmp_path / "gptq" / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("g_idx"))
+    reordered = {**tensors, name: tensors[name].flip(0).contiguous()}
+    save_file(reordered, tmp_path / "gptq" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="reordered by activation") as caught:
+        open_candidate(str(tmp_path / "gptq"), CPU)
+    assert "without desc_act" in (caught.value.hint or "")
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "auto-round"
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="quant_method auto-round"):
+        open_candidate(str(tmp_path / "gptq"), CPU)
+
+
+def test_what_orders_columns_is_no_bits_of_weights(packed: Path, tmp_path: Path) -> None:
+    FORMATS["gptq"].write(PackedCheckpoint.open(packed), tmp_path / "gptq", ExportOptions(runtimes=False))
+    sizes = [model_size(path, open_candidate(str(path), CPU).load()) for path in (packed, tmp_path / "gptq")]
+    assert sizes[0]["bits_per_weight"] == sizes[1]["bits_per_weight"]

@@ -170,6 +170,15 @@ def test_figures_are_those_of_lm_eval(qat_data: Path, tmp_path: Path, model: tup
     assert any(0 < value < 1 for value in values)
 
 
+def test_a_choice_longer_than_the_context_is_refused(
+    data: Path, model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scored would be tokens of which the beginning is cut off."""
+    monkeypatch.setattr(model[0].config, "max_position_embeddings", 12)
+    with pytest.raises(InputError, match=r"a choice has \d+ tokens, the model a context of 12"):
+        _run(load_suite(["piqa"], data=data, limit=None), model)
+
+
 def test_one_row_has_no_error(data: Path, model: tuple[Any, Any]) -> None:
     found = _run(load_suite(["piqa"], data=data, limit=None), model)
     assert found["tasks"]["piqa"]["stderr"] is None

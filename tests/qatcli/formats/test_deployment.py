@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,15 +65,29 @@ def test_servers_that_merge_linears_are_not_promised_for_parts_that_differ(
     for rows in (
         deployment.gptq(checkpoint, symmetric=False),
         deployment.compressed_tensors(checkpoint, symmetric=False),
-        deployment.where_merged(checkpoint, deployment.awq()),
+        deployment.where_merged(checkpoint, deployment.awq(checkpoint)),
+        deployment.bitblas(checkpoint, "zeros"),
     ):
         for server in ("vLLM", "SGLang"):
             assert _commands(rows, server) == {"all": ""}
             remark = next(row.remark for row in rows if row.runtime == server)
             assert "merges q_proj, k_proj, v_proj, which differ in model.layers.1.self_attn" in remark
     for options in ({"kinds": MIXED}, {"skip": ("layers.1.self_attn",)}):
-        rows = deployment.awq()
+        rows = deployment.awq(packed(2))
         assert deployment.where_merged(packed(2, **options), rows) == rows
+
+
+def test_vllm_is_not_promised_in_float16_for_families_that_it_refuses_there(packed: Packed) -> None:
+    """Its kernels for these formats have no other type."""
+    gemma = replace(packed(4), config={**packed(4).config, "model_type": "gemma3_text"})
+    for rows in (
+        deployment.gptq(gemma, symmetric=False),
+        deployment.awq(gemma),
+        deployment.bitblas(gemma, "zeros"),
+    ):
+        found = [row for row in rows if row.runtime == "vLLM"]
+        assert any("vLLM refuses this family in float16" in row.remark for row in found)
+        assert not any("--dtype float16" in row.command for row in found)
 
 
 def test_compressed_tensors_need_the_release_that_reads_zero_points(packed: Packed) -> None:
@@ -98,7 +113,7 @@ def test_the_card_gives_the_table_back_aligned(packed: Packed, tmp_path: Path, n
         start, command = lines[0][:34], lines[0][36:]
         assert start.strip() == "vLLM >= 0.11.1"
         assert command == "vllm serve . --dtype float16  # Marlin kernels on Ampere and newer"
-        assert [line.split()[0] for line in lines] == [row.runtime for row in deployment.awq()]
+        assert [line.split()[0] for line in lines] == [row.runtime for row in deployment.awq(packed(4))]
 
 
 def test_a_row_without_a_command_is_its_remark(packed: Packed, tmp_path: Path) -> None:

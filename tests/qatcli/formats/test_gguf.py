@@ -270,6 +270,15 @@ def test_gemma3_with_another_attention_scale_is_refused(
         FORMATS["gguf"].write(other, tmp_path / "out", OPTIONS)
 
 
+def test_gemma3_with_full_attention_elsewhere_is_refused(
+    model_of: Callable[[str], PackedCheckpoint], tmp_path: Path
+) -> None:
+    checkpoint = model_of("gemma3")
+    other = replace(checkpoint, config={**checkpoint.config, "layer_types": ["sliding_attention", "full_attention"]})
+    with pytest.raises(QatError, match="every sixth layer full attention, this model not so layer 1"):
+        FORMATS["gguf"].write(other, tmp_path / "out", OPTIONS)
+
+
 def test_a_sliding_window_limits_the_context(model_of: Callable[[str], PackedCheckpoint], tmp_path: Path) -> None:
     """llama.cpp attends to everything: within the window that is the same model."""
     checkpoint = model_of("mistral")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from qatcli.errors import QatError
 from qatcli.formats import FORMATS, ExportOptions
 from qatcli.formats.gguf_readback import open_gguf
 from qatcli.formats.gguf_tokenizer import PRE_TOKENIZERS
@@ -66,3 +68,24 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(
     report = run("llama.cpp", checkpoint, out, reference(checkpoint))
     assert report.ran
     assert report.differences == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "no Lowercase before a byte-level tokenizer"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True, "trim_offsets": True}},
+            "no space in front",
+        ),
+    ],
+)
+def test_what_llama_cpp_does_not_do_to_a_text_is_refused(
+    tiny_llama: Path, pack: Callable[..., PackedCheckpoint], tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    checkpoint = pack(tiny_llama, tmp_path / "packed", bits=4)
+    file = tmp_path / "packed" / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **change}), encoding="utf-8")
+    with pytest.raises(QatError, match=message):
+        FORMATS["gguf"].write(checkpoint, tmp_path / "out", ExportOptions(runtimes=False))
+    assert not (tmp_path / "out").exists()
