@@ -276,7 +276,8 @@ class ExportSection(Section):
     runtimes: bool = True
     """Also load it in the installed libraries that serve the format and compare logits."""
     dtype: Literal["auto", "float16", "bfloat16"] = "auto"
-    """native, dense: type of everything that is not quantized; `auto`: bfloat16 where the model is stored so."""
+    """native, dense: type of everything that is not quantized; `auto`: bfloat16 where the model is stored so or
+    is of a family that float16 does not hold (Gemma 2 and 3, GLM-4), else float16."""
     max_shard_gb: Positive = 5.0
     """Size above which a new safetensors shard begins."""
     awq_promote: bool = False

@@ -16,8 +16,9 @@ from qatcli.directory import LOG_FILE, RESUME_FILE, STAGE_FILE, adopt, write_jso
 from qatcli.errors import QatError
 from qatcli.formats import FORMATS, ExportOptions, Verification, require_passed
 from qatcli.formats.card import deployments_of
+from qatcli.formats.deployment import NOT_IN_FLOAT16
 from qatcli.inputs import read_json
-from qatcli.packed import PackedCheckpoint
+from qatcli.packed import DTYPE_KEYS, PackedCheckpoint
 from qatcli.recipe.schema import ExportSection
 from qatcli.stages import Job
 
@@ -77,9 +78,10 @@ def summary(verification: Verification) -> str:
 
 def export_options(section: ExportSection, checkpoint: PackedCheckpoint) -> ExportOptions:
     """The formats' options as the recipe sets them. The stage's own directory is resumed by equal options only."""
-    stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    config = checkpoint.config
+    wide = config.get("model_type") in NOT_IN_FLOAT16 or "bfloat16" in (config.get(key) for key in DTYPE_KEYS)
     return ExportOptions(
-        dtype=("bfloat16" if stored == "bfloat16" else "float16") if section.dtype == "auto" else section.dtype,
+        dtype=("bfloat16" if wide else "float16") if section.dtype == "auto" else section.dtype,
         max_shard_bytes=section.max_shard_gb * 1e9,
         awq_promote=section.awq_promote,
         bitblas_zeros=section.bitblas_zeros,

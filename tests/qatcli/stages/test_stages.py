@@ -66,6 +66,7 @@ def test_a_result_stays_where_only_what_leaves_it_equal_was_edited(
         ({"torch_dtype": "bfloat16"}, "auto", "bfloat16"),
         ({"dtype": "float32"}, "auto", "float16"),
         ({}, "auto", "float16"),
+        ({"dtype": "float32", "model_type": "gemma3_text"}, "auto", "bfloat16"),
         ({"dtype": "bfloat16"}, "float16", "float16"),
     ],
 )
