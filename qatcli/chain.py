@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from qatcli import report
 from qatcli.directory import StageDirectory, open_stage, recorded_digest, write_json
-from qatcli.errors import InputError, UsageError
+from qatcli.errors import InputError, ResourceError, UsageError
 from qatcli.evaluation.options import ModelOptions, is_recipe, section
 from qatcli.expectations import check
 from qatcli.inputs import read_json
@@ -128,6 +129,8 @@ def run_all(
     done: dict[str, StageDirectory] = {}
     replaced = _replaced(run_dir, restart=restart)
     require_room([stage for stage in CHAIN if restart or not (run_dir / stage).is_dir()], recipe, run_dir, device)
+    if restart or not (run_dir / CHAIN[0]).is_dir():
+        _look_ahead(recipe, run_dir, device)
     try:
         for stage in CHAIN:
             digest = recorded_digest(run_dir / stage)
@@ -160,6 +163,20 @@ def run_all(
         "report": str(run_dir / report.HTML),
         "path": str(done["pack"].path),
     }
+
+
+def _look_ahead(recipe: Recipe, run_dir: Path, device: str | None) -> None:
+    """InputError or ResourceError for what the evaluation lacks: said before the hours of training."""
+    from qatcli.evaluation.measure import check_ahead
+    from qatcli.models.source import open_source
+
+    if "gptq" in recipe.eval.baselines:
+        try:
+            require_room(["block-ap"], untrained_gptq(recipe), run_dir / "gptq", device)
+        except ResourceError as error:
+            text = f"the baseline gptq of the evaluation: {error.message}"
+            raise ResourceError(text, hint="take gptq out of eval.baselines") from error
+    check_ahead(recipe.eval, open_source(**recipe.model.model_dump()).tokenizer())
 
 
 def _run_stage(stage: str, recipe: Recipe, run_dir: Path, *, source: Path | None = None, **how: Any) -> StageDirectory:
@@ -209,7 +226,7 @@ def run_plan(
 
     from qatcli.plan.report import make_plan, render
 
-    elsewhere = (device or "").startswith("cuda") and not torch.cuda.is_available()
+    elsewhere = re.fullmatch(r"cuda(:\d+)?", device or "") and not torch.cuda.is_available()
     plan = make_plan(recipe, torch.device("cuda") if elsewhere else choose_device(device), run_dir)
     wide(log.console).print(render(plan))
     return {"recipe": recipe_name(recipe_file), **plan}
@@ -222,10 +239,13 @@ def describe(path: Path, *, as_json: bool) -> str:
     facts |= {"files": len(stage.facts["files"]), "verified": True}
     if as_json:
         return json.dumps(facts)
+    made = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    # What was made: a recipe may have been given the model of another.
+    grid = {**facts["recipe"]["quant"], **(made.get("quantization_config") or {})}
     lines = [
         f"{path}: {facts['kind']}, written by stage {facts['stage']} in {duration(facts['seconds'])}",
         f"input: {facts['input'] or facts['recipe']['model']['source']}",
-        f"bits: {facts['recipe']['quant']['bits']}, group size: {facts['recipe']['quant']['group_size']}",
+        f"bits: {grid['bits']}, group size: {grid['group_size']}",
         f"files: {facts['files']}, every sha256 verified",
     ]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ def _stage_command(name: str) -> Callable[..., None]:
         quiet: QuietOption = False,
         verbose: VerboseOption = False,
     ) -> None:
-        with _reported(f"qat {name} {recipe}", verbose=verbose):
+        with _reported(name, recipe, verbose=verbose):
             from qatcli.chain import run_one
 
             result = run_one(
@@ -124,7 +125,7 @@ def evaluate(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure perplexity, divergence, zero-shot accuracy, speed and size of a recipe's result or of any models."""
-    with _reported(f"qat eval {' '.join(targets)}", verbose=verbose):
+    with _reported("eval", *targets, verbose=verbose):
         from qatcli.chain import run_eval
         from qatcli.evaluation.options import ModelOptions
 
@@ -164,7 +165,7 @@ def export(
     verbose: VerboseOption = False,
 ) -> None:
     """Write the formats that other runtimes serve, each read back and proven."""
-    with _reported(f"qat export {recipe}", verbose=verbose):
+    with _reported("export", recipe, verbose=verbose):
         from qatcli.chain import run_exports
 
         results = run_exports(
@@ -193,7 +194,7 @@ def run_chain(
     verbose: VerboseOption = False,
 ) -> None:
     """Run the whole chain, continuing wherever it stopped."""
-    with _reported(f"qat run {recipe}", verbose=verbose):
+    with _reported("run", recipe, verbose=verbose):
         from qatcli.chain import run_all
 
         result = run_all(
@@ -216,7 +217,7 @@ def plan(
     as_json: JsonToo = False,
 ) -> None:
     """Predict memory, disk and time of every stage before any of it is spent, and say what runs the result."""
-    with _reported(f"qat plan {recipe}"):
+    with _reported("plan", recipe):
         from qatcli.chain import run_plan
 
         result = run_plan(recipe, overrides or [], run_dir=run, device=device)
@@ -245,7 +246,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Say what a stage directory is, and verify the digest of every file."""
-    with _reported(f"qat inspect {directory}"):
+    with _reported("inspect", directory):
         from qatcli.chain import describe
 
         _put(describe(directory, as_json=as_json))
@@ -260,7 +261,7 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the page's path.")] = False,
 ) -> None:
     """Write report.html and report.json about a run, finished or not."""
-    with _reported(f"qat report {run}"):
+    with _reported("report", run):
         from qatcli.report import HTML, INTERVAL, watch, write_report
 
         if watching:
@@ -279,8 +280,9 @@ def _root(
 
 
 @contextmanager
-def _reported(command: str, *, verbose: bool = False) -> Iterator[None]:
-    """Turn failures into `error:` and `hint:` on stderr and the exit code of the contract."""
+def _reported(*words: object, verbose: bool = False) -> Iterator[None]:
+    """Turn failures into `error:` and `hint:` on stderr and the exit code of the contract; `words` say what runs."""
+    command = shlex.join(["qat", *map(str, words)])
     try:
         with interruptible():
             yield

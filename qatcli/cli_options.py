@@ -21,15 +21,13 @@ def _not_empty(text: str) -> str:
 
 
 def _path(text: str) -> Path:
-    return Path(_not_empty(text))
+    return Path(_not_empty(text)).expanduser()
 
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, one YAML file.", show_default=False)]
 RunOption = Annotated[
     Path | None,
-    typer.Option(
-        "--run", metavar="DIR", help="Run directory.", show_default="runs/<recipe without .yaml>", parser=_path
-    ),
+    typer.Option("--run", metavar="DIR", help="Run directory.", show_default="runs/<folder>/<recipe>", parser=_path),
 ]
 FromOption = Annotated[
     str | None,

@@ -29,8 +29,10 @@ def explain(error: Exception, *, verbose: bool) -> QatError:
         return ResourceError(f"out of memory: {error}", hint=SMALLER)
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         place = f" ({error.filename})" if error.filename else ""
-        hint = "free space or choose another --run directory; the same command continues"
-        return ResourceError(f"cannot write{place}: {os.strerror(error.errno)}", hint=hint)
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        hint = "check its permissions" if denied else "free space or choose another --run directory"
+        text = f"cannot {'access' if denied else 'write'}{place}: {os.strerror(error.errno)}"
+        return ResourceError(text, hint=f"{hint}; the same command continues")
     if "out of memory" in str(error) or "can't allocate memory" in str(error):
         return ResourceError(f"out of memory: {str(error).splitlines()[0]}", hint=SMALLER)
     return _unforeseen(error, verbose)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 from qatcli.errors import InputError
 
+PIECES, PIECE = 1024, 2**16
 JSON_LIMIT = 2**28  # bytes; the index of a model with 100,000 tensors has 10 MB
 
 
@@ -27,6 +30,26 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _malformed(file, "is malformed: it is not a JSON object")
     return value
+
+
+def content_digest(source: str) -> str | None:
+    """sha256, shortened, over names and contents of the local files that a path or pattern names; None without any.
+
+    Of a large file the size and pieces that lie evenly apart: what training changes, it changes everywhere.
+    """
+    path = Path(source)
+    found = [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(Path, glob.iglob(source))
+    files = sorted(file for file in found if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        pieces = PIECES if size > PIECES * PIECE else -(-size // PIECE)
+        with open(file, "rb") as handle:
+            for number in range(pieces):
+                handle.seek(number * (size - PIECE) // (PIECES - 1) if pieces == PIECES else number * PIECE)
+                digest.update(handle.read(PIECE))
+    return digest.hexdigest()[:16] if files else None
 
 
 def _malformed(file: Path, what: str) -> InputError:

@@ -1,7 +1,7 @@
 """What a stage tells its user while it runs: progress on stderr and one JSON object per event in log.jsonl.
 
 On a terminal a live view shows the unit, the latest figures and the time left; elsewhere plain lines without control
-characters. stdout is never touched: it carries data only. Events: docs/run-directory.md.
+characters. stdout is never touched: it carries data only. Events: docs/report.md.
 """
 
 from __future__ import annotations

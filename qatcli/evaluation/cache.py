@@ -11,6 +11,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -40,11 +41,12 @@ def remembered(protocol: dict[str, Any], model: Path, device: torch.device, meas
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     file = cache_directory() / "evaluation" / f"{name}.json"
-    if file.is_file():
+    with suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or of another user: measured again
         return json.loads(file.read_text(encoding="utf-8"))["result"]
     result = measure()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"key": key, "result": result})
+    with suppress(OSError):  # a cache that cannot be written is worth less than what was measured
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"key": key, "result": result})
     return result
 
 

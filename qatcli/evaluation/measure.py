@@ -239,6 +239,15 @@ def _fast(subject: Subject, device: torch.device, dtype: torch.dtype) -> Any:
     return subject.model
 
 
+def check_ahead(config: EvalSection, tokenizer: Any) -> None:
+    """InputError for texts and tasks that `measure` will not find, or find too short."""
+    if config.zero_shot is not None:
+        zero_shot = config.zero_shot
+        load_suite(zero_shot.tasks, data=Path(zero_shot.data) if zero_shot.data else None, limit=zero_shot.limit)
+    for text in config.perplexity:
+        _windows(text, tokenizer)
+
+
 def _windows(text: PerplexityText, tokenizer: Any) -> Tensor:
     cut = _cut(text, tokenizer)
     return begin_windows(cut, tokenizer) if text.bos == "window" else cut
@@ -246,7 +255,10 @@ def _windows(text: PerplexityText, tokenizer: Any) -> Tensor:
 
 def _cut(text: PerplexityText, tokenizer: Any) -> Tensor:
     if text.source == "c4":
-        return torch.as_tensor(c4_windows(tokenizer, text.seq_len, file=text.file))[: text.windows]
+        windows = torch.as_tensor(c4_windows(tokenizer, text.seq_len, file=text.file))
+        if (text.windows or 0) > len(windows):
+            raise InputError(f"c4 has {len(windows)} windows by its protocol, not {text.windows}", hint="ask for fewer")
+        return windows[: text.windows]
     tokens = text_tokens(text.source, tokenizer, file=text.file)
     name = f"the text {text.name} ({text.file or text.source})"
     return torch.as_tensor(evaluation_windows(tokens, text.seq_len, text.windows, name=name))

@@ -49,6 +49,8 @@ def _format_carries_bits(recipe: Recipe) -> Iterator[Problem]:
 
 def _gguf_file_is_there(recipe: Recipe) -> Iterator[Problem]:
     source, name = recipe.model.source, recipe.model.gguf_file
+    if recipe.model.revision is not None and is_local(source):
+        yield Problem(("model", "revision"), "has no effect on local files", recipe.model.revision)
     if name is None or not is_local(source):
         return
     if source.lower().endswith(".gguf"):

@@ -43,7 +43,9 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     data = _read(path)
     set_keys, problems = apply(data, overrides)
     problems += _expand(data)
-    recipe, found = _validate(data, path.absolute().parent, {problem.key for problem in problems if problem.key})
+    recipe, found = _validate(
+        data, path.absolute().parent.resolve(), {problem.key for problem in problems if problem.key}
+    )
     problems += found
     if problems or recipe is None:
         raise RecipeError(_message(path, problems, set_keys), hint="docs/recipe.md describes every key")

@@ -80,7 +80,14 @@ def resolve_source(source: str, folder: Path) -> str:
 
 def resolve_text(source: str, folder: Path) -> str:
     """A perplexity text: a built-in name unchanged, anything else the absolute path of an existing file."""
-    return source if source in BUILT_IN_TEXTS else _existing(source, folder)
+    if source in BUILT_IN_TEXTS:
+        return source
+    path = absolute(source, folder)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"is not a file: {path}{RELATIVE}")
+    if not os.path.exists(path):
+        raise ValueError(f"no such file: {path}{RELATIVE}")
+    return path
 
 
 def resolve_folder(source: str, folder: Path) -> str:
@@ -93,9 +100,10 @@ def resolve_folder(source: str, folder: Path) -> str:
 
 def _existing(source: str, folder: Path) -> str:
     path = absolute(source, folder)
+    pattern = absolute(source, Path(glob.escape(str(folder))))
     if os.path.lexists(path) and os.path.exists(path):
         return path
-    if glob.has_magic(path) and "\0" not in path and any(glob.iglob(path, recursive=True)):
-        return path
+    if glob.has_magic(source) and "\0" not in path and any(glob.iglob(pattern, recursive=True)):
+        return pattern
     what = "no file matches" if glob.has_magic(source) else "no such file or folder:"
     raise ValueError(f"{what} {path}{RELATIVE}")

@@ -115,7 +115,7 @@ class DataSource(Section):
     say; for repositories with a loading script, such as `"*.jsonl"` of `togethercomputer/RedPajama-Data-1T-Sample`."""
     field: Name = "text"
     """Column or JSON key that holds the text."""
-    weight: Positive = 1.0
+    weight: Annotated[Positive, Field(le=1e6)] = 1.0
     """Share of the windows drawn from this source, relative to the weights of the others."""
     streaming: bool = False
     """Read a hub data set over the network as needed; nothing is stored on disk first."""
@@ -143,7 +143,7 @@ class CalibrateSection(Section):
     """Held-out windows, from documents that the training windows do not touch."""
     seq_len: Annotated[int, Number, Field(ge=8)] = 2048
     """Tokens per window."""
-    seed: CountOrZero = 2
+    seed: Annotated[CountOrZero, Field(lt=2**32)] = 2
     """Seed of the choice of documents and windows, and of the order of training."""
     moment_samples: CountOrZero = 64
     """Training windows, at most, from which the second moments of every linear's inputs are measured."""
@@ -152,10 +152,10 @@ class CalibrateSection(Section):
 class CacheSection(Section):
     """Where the activations of all windows live while a block is trained."""
 
-    device_gb: Rate | None = None
+    device_gb: Annotated[Rate, Field(le=1e6)] | None = None
     """GPU memory that the activations may use, in GiB; null is half of what is free when the stage starts. Without
     meaning on a CPU."""
-    host_gb: Rate | None = None
+    host_gb: Annotated[Rate, Field(le=1e6)] | None = None
     """Host memory that the activations may use beyond that, in GiB, pinned for a GPU; null is half of what is available
     when the stage starts, control groups respected."""
     dir: Folder | None = None

@@ -11,7 +11,7 @@ import importlib
 import json
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +22,7 @@ from qatcli.directory import StageDirectory
 from qatcli.errors import InputError, UsageError
 from qatcli.events import read_log
 from qatcli.finite import finite
+from qatcli.inputs import content_digest, read_json
 from qatcli.memory import peak_memory, start_peak
 from qatcli.recipe import Recipe, digest
 from qatcli.runlog import RunLog, duration
@@ -34,7 +35,11 @@ if TYPE_CHECKING:
 
 VERSIONED = ("qatcli", "torch", "transformers", "safetensors", "triton")
 # Keys that change where and how fast a stage runs but not what it computes: a resume may change them.
-FREE_KEYS = ("block_ap.cache", "export.formats", "eval.cache")
+FREE_KEYS = (
+    *("block_ap.cache", "export.formats", "eval.cache"),
+    *("e2e_qp.micro_batch_size", "e2e_qp.gradient_checkpointing"),  # sums in another order
+)
+NAMING_FILES = ("source", "file", "data")
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,7 @@ def _open_input(stage: Stage, recipe: Recipe, run_dir: Path, source: Path | None
         if (run_dir / predecessor).is_dir():
             found = directory.open_stage(run_dir / predecessor, kinds=stage.reads)
             _refuse_another_recipe(predecessor, found, recipe)
+            _refuse_replaced(found, run_dir)
             return found
         if directory.partial_of(run_dir / predecessor).is_dir():
             break
@@ -199,6 +205,22 @@ def _open_input(stage: Stage, recipe: Recipe, run_dir: Path, source: Path | None
         hint=f"run `qat {stage.after[0]}` with the same recipe and --run first, `qat run` for the whole chain, "
         "or give another input with --from",
     )
+
+
+def _refuse_replaced(found: StageDirectory, run_dir: Path) -> None:
+    """InputError when a stage in the run directory was made from one there that has been made again since."""
+    while name := found.facts.get("input"):
+        file = run_dir / Path(name).name / directory.STAGE_FILE
+        if Path(name).resolve() != file.parent.resolve() or not file.is_file():
+            return
+        given = StageDirectory(file.parent, read_json(file))
+        if given.digest != found.facts["identity"].get("input"):
+            raise InputError(
+                f"{found.path} was made from a {file.parent.name} that has been made again since",
+                hint=f"run `qat {found.path.name} --restart` and the stages after it, or, if it is meant, give it with "
+                "--from",
+            )
+        found = given
 
 
 def _refuse_another_recipe(name: str, found: StageDirectory, recipe: Recipe) -> None:
@@ -222,7 +244,19 @@ def _refuse_another_recipe(name: str, found: StageDirectory, recipe: Recipe) -> 
 def _identity(stage: Stage, recipe: Recipe, source: StageDirectory | None) -> dict[str, Any]:
     """What the stage's result depends on; two runs of equal identity give equal bits."""
     settings = _settings(stage.keys, recipe.model_dump(mode="json"))
-    return json.loads(json.dumps({**settings, "input": None if source is None else source.digest}))
+    given = {"content": dict(_contents(settings)), "input": None if source is None else source.digest}
+    return json.loads(json.dumps({**settings, **given}))
+
+
+def _contents(settings: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str]]:
+    """Where settings name local files, and what is in these: a file that was edited is another input."""
+    for key, value in settings.items():
+        if isinstance(value, list | tuple):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            yield from _contents(value, f"{place}{key}.")
+        elif key in NAMING_FILES and isinstance(value, str) and (digest := content_digest(value)):
+            yield f"{place}{key}", digest
 
 
 def _settings(keys: Iterable[str], recipe: dict[str, Any]) -> dict[str, Any]:
@@ -250,7 +284,7 @@ def open_model(job: Job) -> ModelSource:
     if made_from not in (None, source.fingerprint):
         raise InputError(
             f"{job.input.path} was made from another model than model.source {job.recipe.model.source}",
-            hint="point model.source at that model, or run the chain from `qat calibrate` with this one",
+            hint="point model.source at that model, or begin again with `qat run --restart` and this one",
         )
     return source
 

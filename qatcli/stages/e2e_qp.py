@@ -92,7 +92,7 @@ class _Trainer:
 
     def train(self, text: Windows) -> dict[str, Any]:
         config, log = self.config, self.job.log
-        per_epoch = len(text) // config.batch_size
+        per_epoch = -(-len(text) // config.batch_size)
         steps = config.epochs * per_epoch
         schedule = Schedule.of(steps, min_lr_factor=config.min_lr_factor, warmup=config.warmup)
         groups = self._groups(schedule)

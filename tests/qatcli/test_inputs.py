@@ -9,7 +9,7 @@ import pytest
 
 from qatcli import inputs
 from qatcli.errors import InputError
-from qatcli.inputs import file_inside, read_json
+from qatcli.inputs import content_digest, file_inside, read_json
 
 
 def test_an_object_is_read(tmp_path: Path) -> None:
@@ -88,3 +88,25 @@ def test_a_file_that_may_not_be_read_is_an_input_error(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root
     with pytest.raises(InputError, match="cannot be read"):
         file_inside(tmp_path, "a")
+
+
+def test_what_is_in_files_is_told_by_their_names_and_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "PIECES", 4)
+    monkeypatch.setattr(inputs, "PIECE", 8)
+    assert content_digest("owner/name") is None
+    folder = tmp_path / "data"
+    folder.mkdir()
+    assert content_digest(str(folder)) is None
+    (folder / "a.txt").write_bytes(bytes(range(30)))
+    small = content_digest(str(folder / "a.txt"))
+    assert small == content_digest(str(folder)) == content_digest(str(folder / "*.txt"))
+    for position in range(30):  # no piece is left out of a file that is no longer than all of them
+        (folder / "a.txt").write_bytes(bytes(range(position)) + b"x" + bytes(range(position + 1, 30)))
+        assert content_digest(str(folder / "a.txt")) != small or position == ord("x")
+    (folder / "b.txt").touch()
+    assert content_digest(str(folder)) not in (None, small)
+    (folder / "b.txt").write_bytes(bytes(1000))
+    long = content_digest(str(folder / "b.txt"))
+    for change in (b"x" + bytes(999), bytes(999) + b"x", bytes(500) + b"x" * 500, bytes(1001)):
+        (folder / "b.txt").write_bytes(change)
+        assert content_digest(str(folder / "b.txt")) != long

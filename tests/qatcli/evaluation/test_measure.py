@@ -258,6 +258,23 @@ def test_nothing_stale_is_served(
     assert cache.remembered(protocol, model, CPU, lambda: 3.0) == 3.0
 
 
+def test_a_cache_that_is_damaged_or_not_to_be_written_costs_time_only(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask() -> Any:
+        return cache.remembered({"a": 1}, tiny_llama, CPU, lambda: 7)
+
+    assert ask() == 7
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    for content in ("", "[]", "{}"):
+        kept.write_text(content)
+        assert ask() == 7
+    assert json.loads(kept.read_text())["result"] == 7
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nothing can be made below it
+    assert ask() == 7
+
+
 def test_another_version_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.remembered({}, tmp_path, CPU, lambda: 1.0) == 1.0
     monkeypatch.setattr(cache, "version", lambda name: "0.0")

@@ -68,7 +68,7 @@ def test_tasks_alone_measure_no_text() -> None:
         (ModelOptions(limit=3), "--limit needs --zero-shot"),
         (ModelOptions(limit=0), "--limit needs --zero-shot"),
         (ModelOptions(data="."), "--data needs --zero-shot"),
-        (ModelOptions(text=("nowhere.txt",)), "--text nowhere.txt: no such file or folder: /.*nowhere.txt$"),
+        (ModelOptions(text=("nowhere.txt",)), "--text nowhere.txt: no such file: /.*nowhere.txt$"),
         (ModelOptions(text=("",)), "--text : must not be empty"),
         (ModelOptions(text=("c4=nowhere.json",)), "--text nowhere.json: no such file"),
         (ModelOptions(text=("c4", "wikitext2"), seq_len=2), "^--seq-len 2: should be greater than or equal to 8$"),

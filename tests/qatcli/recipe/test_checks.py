@@ -58,6 +58,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "not measured by `eval`",
     ),
     ({"model": {"source": "/m.gguf", "gguf_file": "a"}}, "model.gguf_file", "model.source already names a GGUF file"),
+    ({"model": {"source": "./m", "revision": "main"}}, "model.revision", "has no effect on local files"),
     ({"model": {"source": "/none", "gguf_file": "a"}}, "model.gguf_file", "no such file in /none"),
     ({"calibrate": {"data": [{"source": "./a.txt", "name": "en"}]}}, "calibrate.data.0.name", "no effect on local"),
     ({"calibrate": {"data": [{"source": "./*.txt", "split": "test"}]}}, "calibrate.data.0.split", "no effect on local"),

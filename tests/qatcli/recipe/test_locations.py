@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 import pytest
@@ -97,5 +98,15 @@ def test_a_hub_id_that_is_also_a_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_text_is_a_path_unless_built_in(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such file or folder"):
+    with pytest.raises(ValueError, match="no such file: "):
         resolve_text("wikitext3", tmp_path)
+    with pytest.raises(ValueError, match="is not a file: "):
+        resolve_text(".", tmp_path)
+
+
+def test_a_pattern_is_what_the_recipe_says_and_not_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "runs[1]"
+    folder.mkdir()
+    (folder / "a.jsonl").touch()
+    (match,) = glob.glob(resolve_source("./*.jsonl", folder))
+    assert match == str(folder / "a.jsonl")

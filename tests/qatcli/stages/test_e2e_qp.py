@@ -169,6 +169,10 @@ def test_no_scale_is_driven_through_zero(stage: Callable[..., Job]) -> None:
             assert 0.7 < float(ratio.min()) < float(ratio.max()) < 1.3, name  # 0.5 steps of 2 bits: a quarter
 
 
+def test_windows_that_do_not_fill_a_batch_train_too(stage: Callable[..., Job]) -> None:
+    assert run(stage(samples=7, epochs=1))["steps"] == 2
+
+
 def test_the_stage_leaves_its_files_and_what_a_resume_needs_until_the_commit(stage: Callable[..., Job]) -> None:
     job = stage(checkpoint_every=1)
     run(job)

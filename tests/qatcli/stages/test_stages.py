@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,59 @@ def test_exports_are_stored_as_the_model_is(stored: dict[str, str], given: str, 
     checkpoint = PackedCheckpoint(Path("p"), stored, {}, {})
     section = build(export={"dtype": given}).export
     assert export_options(section, checkpoint).dtype == written
+
+
+def test_a_file_that_was_edited_is_another_input(tmp_path: Path) -> None:
+    """Its path is the same: the old result must not be taken for one of the new text, or of the new weights."""
+    text, model = tmp_path / "text.jsonl", tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_text("weights")
+    text.write_text("a text")
+    texts = {
+        "calibrate": {"data": [{"source": str(text)}]},
+        "eval": {"perplexity": [{"name": "t", "source": str(text)}]},
+    }
+    recipe = build(model={"source": str(model)}, **texts)
+    read = {
+        "calibrate": {"model.source", "calibrate.data.0.source"},
+        "block-ap": {"model.source"},
+        "pack": set(),
+        "eval": {"model.source", "eval.perplexity.0.source"},
+    }
+
+    def contents() -> dict[str, dict[str, str]]:
+        return {name: _identity(STAGES[name], recipe, None)["content"] for name in read}
+
+    before = contents()
+    assert {name: set(found) for name, found in before.items()} == read
+    text.write_text("b text")
+    (model / "model.safetensors").write_text("Weights")
+    for name, found in contents().items():
+        assert {place for place, digest in found.items() if digest != before[name][place]} == read[name]
+
+
+def finish(run_dir: Path, stage: str, given: StageDirectory | None) -> StageDirectory:
+    partial = begin(run_dir / stage, {}, restart=True)
+    (partial / "x").write_text(str(given and given.digest))
+    identity = {"input": given and given.digest, "time": time.monotonic_ns()}
+    facts = {
+        "stage": stage,
+        "kind": "quantized",
+        "identity": identity,
+        "input": given and str(given.path),
+        "metrics": {},
+    }
+    return commit(run_dir / stage, partial, facts | {"recipe": build().model_dump(mode="json")})
+
+
+def test_a_stage_is_not_read_whose_own_input_was_made_again(tmp_path: Path) -> None:
+    """Else `pack` would publish what was trained from a calibration that is gone."""
+    first = finish(tmp_path, "calibrate", None)
+    second = finish(tmp_path, "block-ap", first)
+    third = finish(tmp_path, "e2e-qp", second)
+    assert _open_input(STAGES["pack"], build(), tmp_path, None) == third
+    finish(tmp_path, "calibrate", None)
+    with pytest.raises(InputError, match="block-ap was made from a calibrate that has been made again") as caught:
+        _open_input(STAGES["pack"], build(), tmp_path, None)
+    assert "qat block-ap --restart" in (caught.value.hint or "")
+    assert _open_input(STAGES["pack"], build(), tmp_path, third.path) == third, "given with --from it is meant"
