@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from glob import glob
-from pathlib import Path
 
 import torch
 
 from qatcli.activations import AHEAD, SWEEP_BATCH, Place, StreamBudget
 from qatcli.data.corpus import BYTE_LIMIT
+from qatcli.data.sources import local_paths
 from qatcli.evaluation.measure import BATCH_TOKENS
 from qatcli.formats.gguf import likely_type
 from qatcli.formats.layouts.gguf_blocks import TYPES
@@ -31,6 +30,7 @@ HEAP = 1.33  # what C's allocator holds over what is in use, where tensors of ma
 WARM = 96 * 2**20  # bytes that libraries take on a CPU once they compute (measured)
 TOKENIZER = 2**26
 TEXT_LIBRARIES = 2**26  # what reads files and hub data sets
+GZIPPED = 4  # times as large as the file is its text, a guess
 UNSEEN_TEXT = 2**27  # bytes of a data set on the hub, a guess; more than eight times that is never read
 
 
@@ -301,8 +301,9 @@ def _text(sources: Sequence[DataSource]) -> Phase:
     """Reading documents and drawing windows of them."""
     size = 0
     for source in sources:
-        files = [Path(name) for name in glob(source.source) if Path(name).is_file()]
-        size += min(BYTE_LIMIT, sum(file.stat().st_size for file in files)) if files else UNSEEN_TEXT
+        files = local_paths(source.source) or []
+        inside = sum(file.stat().st_size * (GZIPPED if file.suffix == ".gz" else 1) for file in files)
+        size += min(BYTE_LIMIT, inside) if files else UNSEEN_TEXT
     return Phase("reading text", {}, {}, {"text": 2 * size + TEXT_LIBRARIES, "tokenizer": TOKENIZER})
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from qatcli.evaluation.measure import BATCH_TOKENS
 from qatcli.evaluation.perplexity import divergence_windows
 from qatcli.plan.model import PlannedModel
 from qatcli.plan.needs import FP32, Setting
+from qatcli.recipe.schema import PerplexityText
 
 MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the matrices that are timed
 SEARCH_PASSES = 800  # over a weight in fp32, by the grid search: 105 candidates of seven to eight passes each
@@ -25,6 +26,7 @@ QUESTIONS = {  # rows, and tokens that are read for one: the context once, every
     "arc_easy": (2376, 60),
     "arc_challenge": (1172, 70),
 }
+WIKITEXT2 = 1_290_000  # bytes of its test split
 STEP_PASSES = 30  # over a block's parameters, by fake quantization both ways, gradients and Adam
 
 
@@ -92,13 +94,22 @@ def work(s: Setting) -> dict[str, Work]:
     }
 
 
+def _windows(text: PerplexityText) -> int:
+    """About how many windows the whole of a text has, at four bytes for a token; c4 has 256 by its protocol."""
+    if text.source == "c4":
+        return 256
+    file = text.file or text.source
+    size = Path(file).stat().st_size if Path(file).is_file() else WIKITEXT2
+    return max(1, size // 4 // text.seq_len)
+
+
 def _evaluation(s: Setting) -> Work:
     """Passes over texts, twice more where divergence is measured, over questions and prompts; one token at a time, as
     in generation, what a pass takes is to read the weights. Tasks other than the paper's five are not counted."""
     config, model = s.recipe.eval, s.model
     tokens, generated = 0, 0
     for text in config.perplexity:
-        windows = text.windows or BATCH_TOKENS // 32
+        windows = text.windows or _windows(text)
         compared = min(windows, divergence_windows(text.seq_len)) if config.kl else 0
         tokens += text.seq_len * (windows + 2 * compared)
     if config.zero_shot is not None:

@@ -88,7 +88,7 @@ def _stage(run_dir: Path, name: str, problems: list[str]) -> dict[str, Any]:
     again = working and partial.is_dir()  # a stage that is being made again shows the new work
     log = read_log(partial if again or not path.is_dir() else path, problems)
     status = "finished" if path.is_dir() and not again else "waiting"
-    if status == "waiting" and partial.is_dir():
+    if status == "waiting" and (working or partial.is_dir()):
         status = "running" if working else "stopped"
     recipe = facts.get("recipe") or log.recipe
     return {

@@ -403,3 +403,40 @@ def test_a_converted_gguf_file_needs_the_disk_of_the_cache(
     with pytest.raises(ResourceError, match=f"disk at {kept}") as caught:
         check(recipe(), "calibrate", tmp_path)
     assert "XDG_CACHE_HOME" in (caught.value.hint or "")
+
+
+def test_a_folder_of_texts_is_as_large_as_its_files(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, name in enumerate(("a.jsonl", "b.jsonl.gz")):
+        with open(folder / name, "wb") as file:
+            file.truncate(10**6 * (number + 1))
+
+    def read(source: str) -> int:
+        (phase,) = [
+            p for p in MEMORY["calibrate"](setting(with_data(source), CPU, Path("runs"))) if p.name == "reading text"
+        ]
+        return phase.host["text"]
+
+    def with_data(source: str) -> Recipe:
+        return recipe(calibrate={"data": [{"source": source}]})
+
+    plain, packed, both = (read(str(place)) for place in (folder / "a.jsonl", folder / "b.jsonl.gz", folder))
+    assert packed - plain == 2 * 7 * 10**6, "gzip makes a quarter of a text"
+    assert both - packed == 2 * 10**6
+
+
+@pytest.mark.parametrize(
+    ("text", "windows"),
+    [({}, 1000), ({"windows": 7}, 7), ({"source": "c4"}, 256), ({"source": "wikitext2"}, 1_290_000 // 4 // 64)],
+)
+def test_a_whole_text_has_as_many_windows_as_its_size_says(
+    recipe: Callable[..., Recipe], tmp_path: Path, text: dict[str, Any], windows: int
+) -> None:
+    (tmp_path / "long.txt").write_bytes(bytes(4 * 64 * 1000))
+    section = {"name": "text", "source": str(tmp_path / "long.txt"), "seq_len": 64, **text}
+    quiet = {"kl": False, "speed": None}
+    counted = work(setting(recipe(eval={"perplexity": [section], **quiet}), CPU, Path("runs")))["eval"].operations
+    one = work(setting(recipe(eval={"perplexity": [{**section, "windows": 1}], **quiet}), CPU, Path("runs")))["eval"]
+    none = work(setting(recipe(eval={"perplexity": [], **quiet}), CPU, Path("runs")))["eval"].operations
+    assert (counted - none) / (one.operations - none) == pytest.approx(windows)
