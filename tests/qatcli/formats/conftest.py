@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from qatcli.formats import runtimes
 from qatcli.packed import (
     PackedCheckpoint,
     PackedWriter,
@@ -67,6 +72,39 @@ def pack_model(
     for file in companion_files(source):
         (out / file.name).write_bytes(file.read_bytes())
     return PackedCheckpoint.open(out)
+
+
+@pytest.fixture(scope="session")
+def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs a runtime's command in a fork of a process that has its imports behind it."""
+    command, output = (
+        [sys.executable, str(Path(__file__).with_name("preloaded.py"))],
+        tmp_path_factory.mktemp("child") / "err",
+    )
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None and server.stdout is not None
+
+        def serve(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+            request = {"arguments": command[3:], "environment": env, "output": str(output)}
+            print(json.dumps(request), file=server.stdin, flush=True)
+            status = int(server.stdout.readline())
+            return subprocess.CompletedProcess(command, status, "", output.read_text(encoding="utf-8"))
+
+        yield serve
+        server.stdin.close()
+
+
+@pytest.fixture(autouse=True)
+def _preloaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runtimes are started by the server, which the first of them starts."""
+    real = subprocess.run
+
+    def run(command: Any, **options: Any) -> Any:
+        if list(command[1:3]) == ["-m", "qatcli.formats.runtimes.child"] and options["timeout"] > 60:
+            return request.getfixturevalue("_server")(command, options["env"])
+        return real(command, **options)
+
+    monkeypatch.setattr(runtimes.subprocess, "run", run)
 
 
 @pytest.fixture(scope="session")
