@@ -38,8 +38,8 @@ def content_digest(source: str) -> str | None:
     Of a large file the size and pieces that lie evenly apart: what training changes, it changes everywhere.
     """
     path = Path(source)
-    found = [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(Path, glob.iglob(source))
-    files = sorted(file for file in found if file.is_file())
+    found = path.rglob("*") if path.is_dir() else map(Path, [source, *glob.iglob(source, recursive=True)])
+    files = sorted({file for file in found if file.is_file()})
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

@@ -96,10 +96,9 @@ def add_rope_scaling(config: Any, file: Path, fields: dict[str, Any], tensors: d
     if _FREQUENCIES in tensors:
         factors = _vector(file, tensors[_FREQUENCIES])
         rope |= {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3}
-        inverse = rope["rope_theta"] ** (-np.arange(len(factors)) / len(factors))
-        known = not said and np.allclose(
-            inverse / ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy(), factors, rtol=1e-3
-        )
+        plain = rope["rope_theta"] ** (-np.arange(len(factors)) / len(factors))
+        scaled = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0].numpy()
+        known = not said and np.allclose(plain / scaled, factors, rtol=1e-3)
     elif name == "none":
         known = True
     else:
@@ -107,9 +106,7 @@ def add_rope_scaling(config: Any, file: Path, fields: dict[str, Any], tensors: d
         rope |= {"original_max_position_embeddings": context} if name == "yarn" else {}
         known = not said and factor > 0 and (name == "linear" or (name == "yarn" and bool(context)))
     if not known:
-        keys = ", ".join(
-            sorted(key for key in [*fields, *tensors] if key.startswith(prefix) or key in (_FREQUENCIES, _LONG))
-        )
+        keys = ", ".join(key for key in [*fields, *tensors] if key.startswith((prefix, _FREQUENCIES, _LONG)))
         raise InputError(f"{file} scales positions as transformers cannot be told ({keys})", hint=_HINT)
 
 

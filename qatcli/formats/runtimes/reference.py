@@ -42,7 +42,7 @@ def reference(checkpoint: PackedCheckpoint) -> Reference:
 
     def watch(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         nonlocal largest
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and output.is_floating_point():
             largest = max(largest, float(output.abs().max()))
 
     watching = [module.register_forward_hook(watch) for module in model.modules()]
