@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qatcli import report
-from qatcli.directory import StageDirectory, open_stage, recorded_digest, write_json
+from qatcli.directory import CHAIN, StageDirectory, open_stage, recorded_digest, write_json
 from qatcli.errors import InputError, ResourceError, UsageError
 from qatcli.evaluation.options import ModelOptions, is_recipe, section
 from qatcli.expectations import check
@@ -21,7 +21,6 @@ from qatcli.recipe import Recipe, load_recipe, recipe_name, untrained_gptq
 from qatcli.runlog import RunLog, duration, wide
 from qatcli.stages import choose_device, require_room, run_stage
 
-CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")
 RESTART = "restart.json"  # in a run directory: the digests of the results that a `qat run --restart` replaces
 
 

@@ -29,6 +29,7 @@ from qatcli.finite import finite
 from qatcli.inputs import file_inside, read_json
 from qatcli.interrupts import check, write_in_hand
 
+CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")  # the stages of `qat run`, in this order
 FORMAT_VERSION = 1
 STAGE_FILE = "stage.json"
 RESUME_FILE = "resume.json"

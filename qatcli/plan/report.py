@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from qatcli import machine
+from qatcli.directory import CHAIN
 from qatcli.errors import QatError
 from qatcli.formats import FORMATS, ExportOptions, Format, deployment
 from qatcli.formats.contract import Deployment
@@ -21,8 +22,6 @@ from qatcli.plan.needs import Setting, pack_bytes
 from qatcli.plan.timing import measure_rates, work
 from qatcli.recipe import Recipe, untrained_gptq
 from qatcli.runlog import duration
-
-CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")
 
 
 def make_plan(recipe: Recipe, device: torch.device, run_dir: Path) -> dict[str, Any]:

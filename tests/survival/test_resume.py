@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from harness import Chain, Fault, Row, Served, Spawned, contents, environment, random_fault
 
-from qatcli.chain import CHAIN
-from qatcli.directory import open_stage
+from qatcli.directory import CHAIN, open_stage
 
 
 def check(row: Row, code: int) -> None:

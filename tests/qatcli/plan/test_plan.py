@@ -12,12 +12,13 @@ import torch
 
 import qatcli.plan
 from qatcli import machine
+from qatcli.directory import CHAIN
 from qatcli.errors import RecipeError, ResourceError
 from qatcli.models.gguf import cache_directory
 from qatcli.plan import GIB, Need, need, require, setting
 from qatcli.plan.model import groups_of, packed_bytes
 from qatcli.plan.needs import MEMORY, disk_bytes
-from qatcli.plan.report import CHAIN, make_plan, render, runtimes
+from qatcli.plan.report import make_plan, render, runtimes
 from qatcli.plan.timing import Rates, Work, work
 from qatcli.plan.tracing import UntraceableError
 from qatcli.recipe import Recipe
