@@ -1,7 +1,7 @@
 """What a runtime should compute: the checkpoint itself as a dense fp32 model in plain transformers.
 
-A runtime has the same weights but rounds activations, to fp16 or (llama.cpp on the CPU) to 8 bits in blocks of 32. How
-much that moves logits depends on the model, so it is measured: the reference runs again with the inputs of its linears
+A runtime has the same weights but rounds activations, to fp16, bf16 or (llama.cpp on the CPU) 8 bits in blocks of 32.
+How much that moves logits depends on the model, so it is measured: the reference runs again with the inputs of its linears
 rounded, and a runtime may differ by a few times as much. A model that rounding throws off course gets a wide tolerance;
 its integers are compared exactly all the same.
 """
@@ -72,7 +72,11 @@ def _to_8_bits(x: Tensor) -> Tensor:
     return ((blocks / step).round() * step).reshape(x.shape)
 
 
-ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"fp16": lambda x: x.half().to(x.dtype), "8 bits": _to_8_bits}
+ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "fp16": lambda x: x.half().to(x.dtype),
+    "bf16": lambda x: x.bfloat16().to(x.dtype),  # and weights that are stored so: an error of the same size
+    "8 bits": _to_8_bits,
+}
 
 
 def prompts(vocabulary: int) -> NDArray[np.int64]:

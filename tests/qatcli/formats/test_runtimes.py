@@ -262,3 +262,26 @@ def test_activations_that_the_stated_type_does_not_hold(
     said = {"differences": found.differences, "notes": found.notes}
     for where, texts in said.items():
         assert any("activations reach 1e+05" in text for text in texts) == (where == finding)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_is_stored_in_bfloat16_may_differ_as_much_as_that_rounds(
+    packed: Packed, tmp_path: Path, dtype: str
+) -> None:
+    options = ExportOptions(dtype=dtype, runtimes=False)
+    FORMATS["dense"].write(packed(4), tmp_path / "out", options)
+    expected = reference(packed(4))
+    report = run("transformers-dense", packed(4), tmp_path / "out", expected)
+    assert report.logit_tolerance == expected.tolerances["bf16" if dtype == "bfloat16" else "fp16"]
+    assert report.differences == ()
+
+
+def test_a_gguf_file_states_no_type(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp computes in fp32: activations beyond float16 are nothing to it."""
+    monkeypatch.setattr(runtimes, "obstacle", lambda *_: None)
+    monkeypatch.setattr(runtimes, "run", lambda runtime, *_: RuntimeReport(runtime, ran=True))
+    monkeypatch.setattr(runtimes, "reference", lambda checkpoint: replace(reference(checkpoint), largest=1e5))
+    FORMATS["gguf"].write(packed(4), tmp_path / "out", ExportOptions())
+    found = FORMATS["gguf"].verify(packed(4), tmp_path / "out", ExportOptions())
+    assert found.passed
+    assert not any("activations reach" in note for note in found.notes)
