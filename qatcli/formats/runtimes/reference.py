@@ -1,9 +1,9 @@
 """What a runtime should compute: the checkpoint itself as a dense fp32 model in plain transformers.
 
 A runtime has the same weights but rounds activations, to fp16, bf16 or (llama.cpp on the CPU) 8 bits in blocks of 32.
-How much that moves logits depends on the model, so it is measured: the reference runs again with the inputs of its linears
-rounded, and a runtime may differ by a few times as much. A model that rounding throws off course gets a wide tolerance;
-its integers are compared exactly all the same.
+How much that moves logits depends on the model, so it is measured: the reference runs again with the inputs of its
+linears rounded, and a runtime may differ by a few times as much. A model that rounding throws off course gets a wide
+tolerance; its integers are compared exactly all the same.
 """
 
 from __future__ import annotations
