@@ -47,9 +47,9 @@ class _Configuration:
 
     @cached_property
     def kept(self) -> Path | None:
-        """The converted form of a GGUF file that was read before."""
+        """Where the converted form of a local GGUF file is, or will be."""
         file = Path(self.section.source, self.section.gguf_file or "")
-        return kept if file.is_file() and (kept := converted(file)).is_dir() else None
+        return converted(file) if file.is_file() else None
 
     @cached_property
     def _config(self) -> Any:
@@ -57,7 +57,9 @@ class _Configuration:
         if Path(source).is_dir() and not self.section.gguf_file:
             check_config(Path(source), trust_remote_code=self.trust_remote_code)
         with refused(f"model.source {source}: transformers does not accept its configuration"):
-            if self.kept is not None:  # the same configuration, without the minutes that a long vocabulary takes
+            if (
+                self.kept is not None and self.kept.is_dir()
+            ):  # the same configuration, without the minutes that a long vocabulary takes
                 return AutoConfig.from_pretrained(self.kept, **options)
             if Path(source).is_file():
                 return AutoConfig.from_pretrained(Path(source).parent, gguf_file=Path(source).name, **options)
@@ -91,7 +93,7 @@ class PlannedModel:
         self.vocabulary: int = text.vocab_size
         self.tied = skeleton.get_input_embeddings().weight is getattr(skeleton.get_output_embeddings(), "weight", None)
         gguf = section.gguf_file is not None or section.source.endswith(".gguf")
-        self.to_convert: bool = gguf and source.kept is None
+        self._gguf, self._converted = gguf, source.kept
         self.dtype: torch.dtype = torch.float32 if gguf else (getattr(self.config, "dtype", None) or torch.float32)
         count = range(len(self._blocks))
         self.in_blocks = [name for index in count for name in self._blocks.linears(index)]
@@ -107,6 +109,11 @@ class PlannedModel:
 
     def __len__(self) -> int:
         return len(self.quants)
+
+    @property
+    def to_convert(self) -> bool:
+        """Whether the model is a GGUF file that is still to be converted."""
+        return self._gguf and not (self._converted is not None and self._converted.is_dir())
 
     @property
     def linears(self) -> dict[str, ModuleQuant]:

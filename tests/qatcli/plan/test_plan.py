@@ -16,7 +16,7 @@ from qatcli.directory import CHAIN
 from qatcli.errors import RecipeError, ResourceError
 from qatcli.models.gguf import cache_directory
 from qatcli.plan import GIB, Need, need, require, setting
-from qatcli.plan.model import groups_of, packed_bytes
+from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
 from qatcli.plan.needs import MEMORY, disk_bytes
 from qatcli.plan.report import make_plan, render, runtimes
 from qatcli.plan.timing import Rates, Work, work
@@ -375,7 +375,7 @@ def test_converting_a_gguf_file_takes_the_whole_model_in_fp32(
     s = setting(recipe(), CPU, Path("runs"))
     before = need(s, "calibrate").host
     with monkeypatch.context() as patch:  # the model is kept for other tests
-        patch.setattr(s.model, "to_convert", True)
+        patch.setattr(PlannedModel, "to_convert", True)
         assert need(s, "calibrate").host >= 4 * s.model.total
         assert "converting" in {phase.name for phase in MEMORY["calibrate"](s)}
     assert need(s, "calibrate").host == before
@@ -388,7 +388,7 @@ def test_a_converted_gguf_file_needs_disk_beside_what_the_stage_writes(
     both = 4 * model.total + planned(recipe(), "calibrate").disk
     monkeypatch.setattr(machine, "disk_space", lambda _: both * 3 // 4)
     assert check(recipe(), "calibrate", tmp_path) is None
-    monkeypatch.setattr(model, "to_convert", True)
+    monkeypatch.setattr(PlannedModel, "to_convert", True)
     with pytest.raises(ResourceError, match=f"disk at {tmp_path}/run"):
         check(recipe(), "calibrate", tmp_path)
     assert check(recipe(), "block-ap", tmp_path) is None
@@ -398,7 +398,7 @@ def test_a_converted_gguf_file_needs_the_disk_of_the_cache(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, kept = setting(recipe(), CPU, tmp_path).model, cache_directory()
-    monkeypatch.setattr(model, "to_convert", True)
+    monkeypatch.setattr(PlannedModel, "to_convert", True)
     monkeypatch.setattr(machine, "existing", lambda path: Path("/proc" if path == kept else "/"))
     monkeypatch.setattr(machine, "disk_space", lambda path: 3 * model.total if path == kept else 2**50)
     with pytest.raises(ResourceError, match=f"disk at {kept}") as caught:
