@@ -103,8 +103,10 @@ def test_a_gguf_file_is_converted_once(
     section = ModelSection(source=str(file))
     if named == "in a folder":
         section = ModelSection(source=str(tmp_path), gguf_file=file.name)
-    assert PlannedModel(section, QUANT).to_convert
+    model = PlannedModel(section, QUANT)
+    assert model.to_convert
     shutil.copytree(random_llama, converted(file))
+    assert not model.to_convert, "a plan is made once for a process, which may convert the file meanwhile"
     assert not PlannedModel(section, QUANT).to_convert
     assert not planned(random_llama).to_convert
 
