@@ -57,9 +57,7 @@ class _Configuration:
         if Path(source).is_dir() and not self.section.gguf_file:
             check_config(Path(source), trust_remote_code=self.trust_remote_code)
         with refused(f"model.source {source}: transformers does not accept its configuration"):
-            if (
-                self.kept is not None and self.kept.is_dir()
-            ):  # the same configuration, without the minutes that a long vocabulary takes
+            if self.kept is not None and self.kept.is_dir():  # without the minutes that a long vocabulary takes
                 return AutoConfig.from_pretrained(self.kept, **options)
             if Path(source).is_file():
                 return AutoConfig.from_pretrained(Path(source).parent, gguf_file=Path(source).name, **options)
