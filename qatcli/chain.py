@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qatcli import report
-from qatcli.directory import CHAIN, StageDirectory, open_stage, recorded_digest, write_json
+from qatcli.directory import CHAIN, EXPECT_FILE, StageDirectory, open_stage, recorded_digest, write_json
 from qatcli.errors import InputError, ResourceError, UsageError
 from qatcli.evaluation.options import ModelOptions, is_recipe, section
 from qatcli.expectations import check
@@ -44,6 +44,7 @@ def run_one(
     result = {"stage": stage, "path": str(done.path), "seconds": facts["seconds"], "metrics": facts["metrics"]}
     if stage == "eval":
         _print_tables(log, facts["metrics"])
+        _keep_expectations(run_dir, recipe)
         result["expectations"] = _expectations(log, recipe, facts["metrics"])
     return result
 
@@ -135,6 +136,7 @@ def run_all(
             digest = recorded_digest(run_dir / stage)
             outdated = digest is not None and digest == replaced.get(stage)
             done[stage] = _run_stage(stage, recipe, run_dir, restart=restart, outdated=outdated, device=device, log=log)
+            _keep_expectations(run_dir, recipe)
             _update_report(run_dir, log, under_way=stage != CHAIN[-1])
         (run_dir / RESTART).unlink(missing_ok=True)
     except BaseException:
@@ -196,6 +198,11 @@ def _replaced(run_dir: Path, *, restart: bool) -> dict[str, str]:
         found = {stage: recorded_digest(run_dir / stage) for stage in CHAIN}
         write_json(file, {stage: digest for stage, digest in found.items() if digest is not None})
     return read_json(file) if file.is_file() else {}
+
+
+def _keep_expectations(run_dir: Path, recipe: Recipe) -> None:
+    """For the report, which goes by this recipe and not by the one that a finished stage was made with."""
+    write_json(run_dir / EXPECT_FILE, recipe.model_dump(mode="json")["expect"])
 
 
 def _update_report(run_dir: Path, log: RunLog, *, under_way: bool = False) -> None:

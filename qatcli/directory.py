@@ -35,6 +35,7 @@ STAGE_FILE = "stage.json"
 RESUME_FILE = "resume.json"
 RESUME_FILES = "resume.*"  # what continuing needs, and a finished stage does not
 LOG_FILE = "log.jsonl"
+EXPECT_FILE = "expect.json"  # of a run directory: figures that the recipe expects, which may change without a restart
 REMAKE = "restore the file, or run the stage again with --restart"
 WRITING = ".writing"  # suffix of a file until it is whole
 PARTIAL = ".partial"  # suffix of a directory until its stage is finished

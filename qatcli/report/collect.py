@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qatcli import __version__
-from qatcli.directory import CHAIN, LOG_FILE, STAGE_FILE, at_work, partial_of, stage_of
+from qatcli.directory import CHAIN, EXPECT_FILE, LOG_FILE, STAGE_FILE, at_work, partial_of, stage_of
 from qatcli.errors import InputError
 from qatcli.events import Log, read_log
 from qatcli.expectations import check
@@ -39,6 +39,11 @@ def collect(run_dir: Path, *, under_way: bool = False) -> dict[str, Any]:
     if not begun:
         raise _no_run(run_dir)
     recipe, recipe_digest = _recipe(begun)
+    if (run_dir / EXPECT_FILE).exists():
+        try:
+            recipe = {**recipe, "expect": read_json(run_dir / EXPECT_FILE)}
+        except InputError as error:
+            problems.append(error.message)
     measured = _evaluation(metrics["eval"], logs["eval"])
     stages = [stage for stage in stages if stage["name"] in CHAIN or stage["status"] != "waiting"]
     return finite(

@@ -71,6 +71,18 @@ def test_expectations(make_run: Run, metrics: dict[str, Any]) -> None:
     assert (one["metric"], one["measured"], one["limit"], one["passed"]) == ("wiki", 20.25, 20.5, True)
 
 
+def test_expectations_that_were_edited_since(make_run: Run, metrics: dict[str, Any]) -> None:
+    """They may change without a restart: the stage's own recipe has the old ones."""
+    run = make_run(metrics)
+    (run / "expect.json").write_text(json.dumps({"wiki": {"value": 1.0, "tolerance": 0.5}}))
+    (one,) = collect(run)["expectations"]
+    assert (one["passed"], one["limit"]) == (False, 1.5)
+    (run / "expect.json").write_text("[")
+    facts = collect(run)
+    assert any("expect.json" in problem for problem in facts["problems"])
+    assert facts["expectations"][0]["limit"] == 20.5
+
+
 def test_nothing_is_expected_of_what_is_not_evaluated(make_run: Run) -> None:
     facts = collect(make_run(None))
     assert facts["expectations"] == []
