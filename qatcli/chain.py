@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,8 @@ def _replaced(run_dir: Path, *, restart: bool) -> dict[str, str]:
 
 def _keep_expectations(run_dir: Path, recipe: Recipe) -> None:
     """For the report, which goes by this recipe and not by the one that a finished stage was made with."""
-    write_json(run_dir / EXPECT_FILE, recipe.model_dump(mode="json")["expect"])
+    with suppress(OSError):  # what was made is worth more
+        write_json(run_dir / EXPECT_FILE, recipe.model_dump(mode="json")["expect"])
 
 
 def _update_report(run_dir: Path, log: RunLog, *, under_way: bool = False) -> None:
