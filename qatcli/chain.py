@@ -45,7 +45,6 @@ def run_one(
     result = {"stage": stage, "path": str(done.path), "seconds": facts["seconds"], "metrics": facts["metrics"]}
     if stage == "eval":
         _print_tables(log, facts["metrics"])
-        _keep_expectations(run_dir, recipe)
         result["expectations"] = _expectations(log, recipe, facts["metrics"])
     return result
 
@@ -137,7 +136,6 @@ def run_all(
             digest = recorded_digest(run_dir / stage)
             outdated = digest is not None and digest == replaced.get(stage)
             done[stage] = _run_stage(stage, recipe, run_dir, restart=restart, outdated=outdated, device=device, log=log)
-            _keep_expectations(run_dir, recipe)
             _update_report(run_dir, log, under_way=stage != CHAIN[-1])
         (run_dir / RESTART).unlink(missing_ok=True)
     except BaseException:
@@ -182,11 +180,16 @@ def _look_ahead(recipe: Recipe, run_dir: Path, device: str | None) -> None:
 
 
 def _run_stage(stage: str, recipe: Recipe, run_dir: Path, *, source: Path | None = None, **how: Any) -> StageDirectory:
-    """`run_stage`; before an evaluation the baseline `gptq`, if it is asked for and the run has a calibration."""
+    """`run_stage`; before an evaluation the baseline `gptq`, if it is asked for and the run has a calibration, and
+    behind it what the recipe expects, for the report: a finished stage has the recipe that it was made with."""
     calibration = run_dir / "calibrate"
     if stage == "eval" and "gptq" in recipe.eval.baselines and calibration.is_dir():
         run_stage("block-ap", untrained_gptq(recipe), run_dir / "gptq", source=calibration, **how)
-    return run_stage(stage, recipe, run_dir, source=source, **how)
+    done = run_stage(stage, recipe, run_dir, source=source, **how)
+    if stage == "eval":
+        with suppress(OSError):  # what was made is worth more
+            write_json(run_dir / EXPECT_FILE, recipe.model_dump(mode="json")["expect"])
+    return done
 
 
 def _replaced(run_dir: Path, *, restart: bool) -> dict[str, str]:
@@ -199,12 +202,6 @@ def _replaced(run_dir: Path, *, restart: bool) -> dict[str, str]:
         found = {stage: recorded_digest(run_dir / stage) for stage in CHAIN}
         write_json(file, {stage: digest for stage, digest in found.items() if digest is not None})
     return read_json(file) if file.is_file() else {}
-
-
-def _keep_expectations(run_dir: Path, recipe: Recipe) -> None:
-    """For the report, which goes by this recipe and not by the one that a finished stage was made with."""
-    with suppress(OSError):  # what was made is worth more
-        write_json(run_dir / EXPECT_FILE, recipe.model_dump(mode="json")["expect"])
 
 
 def _update_report(run_dir: Path, log: RunLog, *, under_way: bool = False) -> None:
