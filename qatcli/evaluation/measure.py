@@ -106,7 +106,7 @@ def measure(
         log.say(f"eval: {subject.name}")
         found: dict[str, Any] = {"loaded_as": subject.candidate.loaded_as, "size": None, "speed": None}
         if settings:  # first, while nothing but the model is there
-            found["speed"] = _speed(subject, config, device, settings, log)
+            found["speed"] = _speed(subject, config, device, log)
         else:
             _check_context(subject, config, log)
         if subject.candidate.path is not None:
@@ -153,14 +153,16 @@ def _check_context(subject: Subject, config: EvalSection, log: RunLog) -> None:
 def _context(model: Any) -> tuple[int | None, bool]:
     """The context that a model was made for, and whether its positions are an embedding, which ends there."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
-    return context, context is not None and any(context <= rows <= context + 2 for rows in tables)  # OPT has 2 more
+    tokens = model.get_input_embeddings()  # may have as many rows: Mistral 7B v0.3 has 32,768 tokens and positions
+    others = [each for each in model.modules() if isinstance(each, nn.Embedding) and each is not tokens]
+    found = context is not None and any(context <= each.num_embeddings <= context + 2 for each in others)
+    return context, found  # OPT's table has two rows more
 
 
-def _speed(
-    subject: Subject, config: EvalSection, device: torch.device, settings: dict[str, int], log: RunLog
-) -> dict[str, Any]:
+def _speed(subject: Subject, config: EvalSection, device: torch.device, log: RunLog) -> dict[str, Any]:
     """Speed, and the memory of loading and running: bytes of weights, and the peak of all that was added."""
+    assert config.speed is not None
+    settings = config.speed.model_dump()
     with part_peak(device) as peak, log.progress(f"speed {subject.name}", settings["repeats"]) as bar:
         model = subject.model
         _check_context(subject, config, log)

@@ -200,6 +200,13 @@ def test_beyond_a_table_of_positions_nothing_is_measured(
     assert "ask for 32 or less" in (caught.value.hint or "")
 
 
+def test_as_many_tokens_as_positions_are_no_table_of_positions(save_random_model: Callable[..., Path]) -> None:
+    for kind, table in (("LlamaConfig", False), ("OPTConfig", True)):
+        sizes = {"vocab_size": 64, "max_position_embeddings": 64, "ffn_dim": 64, "word_embed_proj_dim": 32}
+        model = AutoModelForCausalLM.from_pretrained(save_random_model(kind, **sizes))
+        assert measure._context(model) == (64, table)
+
+
 def test_a_prompt_is_continued_to_the_end_of_a_table_of_positions(of_32_positions: Path, config: EvalSection) -> None:
     longer = config.model_copy(update={"max_new_tokens": 100, "perplexity": (), "speed": None})
     found = compare([str(of_32_positions)], longer, against=None, device=CPU, log=QUIET)
