@@ -47,10 +47,13 @@ def _format_carries_bits(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(("export", "formats", index), f"cannot carry {bits} bits{unless}; these can: {able}", name)
 
 
+def _revision_is_of_the_hub(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.model.revision is not None and is_local(recipe.model.source):
+        yield Problem(("model", "revision"), "has no effect on local files", recipe.model.revision)
+
+
 def _gguf_file_is_there(recipe: Recipe) -> Iterator[Problem]:
     source, name = recipe.model.source, recipe.model.gguf_file
-    if recipe.model.revision is not None and is_local(source):
-        yield Problem(("model", "revision"), "has no effect on local files", recipe.model.revision)
     if name is None or not is_local(source):
         return
     if source.lower().endswith(".gguf"):
@@ -154,6 +157,7 @@ _RATES = ("lr_units", "lr_weights", "lr_scales", "lr_zero_points", "lr_norms")
 
 CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (_format_carries_bits, ("quant.bits", "quant.overrides", "export.formats", "export.awq_promote")),
+    (_revision_is_of_the_hub, ("model.source", "model.revision")),
     (_gguf_file_is_there, ("model.source", "model.gguf_file")),
     (_data_keys_have_effect, ("calibrate.data", "e2e_qp.data")),
     (_micro_batch_divides, ("e2e_qp.batch_size", "e2e_qp.micro_batch_size")),

@@ -107,9 +107,9 @@ def _linear_sizes(architecture: Any) -> dict[str, tuple[int, int, bool]]:
 def _import_linear(
     files: TensorFiles, name: str, storage: Storage, sizes: Mapping[str, tuple[int, int, bool]]
 ) -> QuantizedLinear:
+    mismatch = "weights and config.json are of different models; copy the checkpoint again"
     if name not in sizes:
-        hint = "weights and config.json are of different models; copy the checkpoint again"
-        raise InputError(f"{files.path}: {name} is quantized but the architecture has no such linear", hint=hint)
+        raise InputError(f"{files.path}: {name} is quantized but the architecture has no such linear", hint=mismatch)
     rows, columns, biased = sizes[name]
     tensors = {part: files.tensor(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in files.shards}
     try:
@@ -122,7 +122,7 @@ def _import_linear(
     bias = files.tensor(name + ".bias") if name + ".bias" in files.shards else None
     if bias is not None and not biased:
         if bias.any():
-            raise InputError(f"{files.path}: {name} has a bias, in its architecture it has none")
+            raise InputError(f"{files.path}: {name} has a bias, in its architecture it has none", hint=mismatch)
         bias = None  # AutoGPTQ and optimum write zeros
     return QuantizedLinear(
         codes=torch.from_numpy(triple.codes),
