@@ -16,13 +16,12 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-
-import psutil
 
 from qatcli.errors import InputError, UsageError
 from qatcli.finite import finite
@@ -125,14 +124,12 @@ def locked(path: Path) -> Iterator[None]:
         raise UsageError(f"{error.filename} cannot be made", hint="choose another --run") from None
     while True:
         with _open_lock(file) as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _take(handle):
                 handle.seek(0)
                 holder = handle.read().strip() or "another process"
                 raise UsageError(
                     f"{path} is being written by {holder}", hint="wait for it, stop it, or choose another --run"
-                ) from None
+                )
             if not _is_at(file, handle):
                 continue  # the holder before us removed the file between our opening and locking it
             handle.truncate(0)
@@ -150,16 +147,26 @@ def _is_at(file: Path, handle: IO[str]) -> bool:
     return file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat())
 
 
-def at_work(path: Path) -> bool:
-    """Whether a process works on the stage `path`; of one on another machine only its lock is known.
+def _take(handle: IO[str]) -> bool:
+    """Lock the file, unless a stage holds it; `at_work` of another process does so for a moment only."""
+    for pause in (0.0, 0.01, 0.1):
+        time.sleep(pause)
+        with suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
 
-    Reads the lock and does not try it: a reader that held it for a moment would turn a writer away.
-    """
+
+def at_work(path: Path) -> bool:
+    """Whether a process, on this machine or on another, works on the stage `path`: its lock cannot be shared then."""
     try:
-        _, pid, _, host = path.with_name(path.name + ".lock").read_text(encoding="utf-8").split()
-    except (OSError, ValueError):
+        with open(path.with_name(path.name + ".lock"), encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
         return False
-    return host != socket.gethostname() or psutil.pid_exists(int(pid))
+    return False
 
 
 def _open_lock(file: Path) -> IO[str]:

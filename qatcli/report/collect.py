@@ -21,7 +21,8 @@ from qatcli.inputs import read_json
 from qatcli.report.evaluation import evaluation, is_number, mapping
 
 FORMAT_VERSION = 1
-OUTSIDE_CHAIN = ("import",)
+BASELINE = "gptq/block-ap"  # made before an evaluation that compares with it
+STAGES = ("import", *CHAIN[:-1], BASELINE, CHAIN[-1])  # in the order in which a run comes to them
 ROUNDED, TRAINED = "relative_error", "relative_error_after"
 PROVENANCE = ("input", "digest", "model_fingerprint", "recipe_digest", "device", "machine")
 
@@ -31,7 +32,7 @@ def collect(run_dir: Path, *, under_way: bool = False) -> dict[str, Any]:
     if not os.path.isdir(run_dir):  # false, and no error, for a name that no directory can have
         raise InputError(f"{run_dir} is not a directory", hint="name a run directory, such as runs/smollm2/w2g64")
     problems: list[str] = []
-    stages = [_stage(run_dir, name, problems) for name in (*OUTSIDE_CHAIN, *CHAIN)]
+    stages = [_stage(run_dir, name, problems) for name in STAGES]
     exports = [_stage(run_dir, f"export/{name}", problems) for name in _export_names(run_dir)]
     logs = {stage["name"]: stage.pop("log") for stage in stages + exports}
     metrics = {stage["name"]: stage.pop("metrics") for stage in stages + exports}
@@ -125,8 +126,11 @@ def _status(stages: list[dict[str, Any]], exports: list[dict[str, Any]]) -> str:
 
 
 def _recipe(begun: list[dict[str, Any]]) -> tuple[dict[str, Any], str | None]:
-    """The recipe of the stage that was begun last, and its digest where that stage is finished."""
-    latest = max(begun, key=lambda stage: stage["started"] or 0)
+    """The recipe of the stage that was begun last, and its digest where that stage is finished.
+
+    The baseline's is another recipe's.
+    """
+    latest = max(begun, key=lambda stage: (stage["name"] != BASELINE, stage["started"] or 0))
     return latest["recipe"], latest["recipe_digest"]
 
 
@@ -200,6 +204,6 @@ def _export_names(run_dir: Path) -> list[str]:
 
 def _no_run(run_dir: Path) -> InputError:
     logs = (Path(folder) for folder, _, files in os.walk(run_dir) if LOG_FILE in files)
-    below = sorted({str(log.parent) for log in logs if stage_of(log) in (*CHAIN, *OUTSIDE_CHAIN)})
+    below = sorted({str(log.parent) for log in logs if stage_of(log) in STAGES})
     hint = f"runs below it: {', '.join(below[:5])}" if below else "start one with `qat run RECIPE`"
     return InputError(f"{run_dir} is not a run directory: it holds no stage", hint=hint)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -389,6 +391,24 @@ def test_a_second_process_is_refused_while_the_first_works(tmp_path: Path) -> No
         holder.wait()
     with locked(path):  # the system released what the dead process held
         assert str(os.getpid()) in path.with_name("block-ap.lock").read_text()
+
+
+def test_who_looks_whether_a_stage_is_at_work_turns_no_writer_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "block-ap"
+    assert not directory.at_work(path)
+    with locked(path):
+        assert directory.at_work(path)
+        assert directory.at_work(path)
+    lock = path.with_name("block-ap.lock")
+    lock.write_text("process 1 on elsewhere")  # killed, and its lock with it
+    assert not directory.at_work(path)
+    with open(lock) as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        monkeypatch.setattr(time, "sleep", lambda pause: pause and fcntl.flock(reader, fcntl.LOCK_UN))
+        with locked(path):
+            assert directory.at_work(path)
 
 
 def test_a_lock_is_gone_when_the_stage_is_done(tmp_path: Path) -> None:

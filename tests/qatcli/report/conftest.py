@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from qatcli.directory import locked
 
 LINEARS = ("self_attn.q_proj", "mlp.down_proj")
 RECIPE: dict[str, Any] = {
@@ -73,10 +74,14 @@ def _write(directory: Path, events: list[dict[str, Any]], facts: dict[str, Any] 
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes a run: (metrics of eval or None, blocks done of 4, holder of the lock of block-ap)."""
+def make_run(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """A function that writes a run: (metrics of eval or None, blocks done of 4, whether the other blocks are at work).
 
-    def make(metrics: dict[str, Any] | None = METRICS, *, blocks: int = 4, holder: str | None = None) -> Path:
+    One that is not at work has the lock of a process that was killed.
+    """
+    locks = ExitStack()
+
+    def make(metrics: dict[str, Any] | None = METRICS, *, blocks: int = 4, at_work: bool = False) -> Path:
         run = tmp_path / "runs" / "model" / "w2g64"
         errors = [{f"model.layers.{i}.{name}": 0.01 * (i + j + 1) for j, name in enumerate(LINEARS)} for i in range(4)]
         events = [{"time": 100.0, "event": "start", "stage": "calibrate", "recipe": RECIPE}]
@@ -94,9 +99,11 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             trained = {"relative_error": {name: 2 * error for name, error in errors[i].items()}}
             events += [{"time": at, "event": "progress", **progress}]
             events += [{"time": at, "event": "block", "index": i, "backoffs": 0, **losses, **trained}]
-        if holder is not None:
+        if blocks < 4:
             _write(run / "block-ap.partial", events)
-            (run / "block-ap.lock").write_text(holder)
+            (run / "block-ap.lock").write_text("process 1 on elsewhere")
+            if at_work:
+                locks.enter_context(locked(run / "block-ap"))
             return run
         _write(run / "block-ap", events, {"stage": "block-ap", "seconds": 50.0, "peak_memory": {"host_bytes": 2**31}})
 
@@ -116,16 +123,11 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             _write(run / "export" / "gptq", events, {"stage": "export", "seconds": 2.0, "metrics": exported})
         return run
 
-    return make
+    with locks:
+        yield make
 
 
 @pytest.fixture
 def metrics() -> dict[str, Any]:
     """The evaluation of that run, to be changed at will."""
     return copy.deepcopy(METRICS)
-
-
-@pytest.fixture
-def at_work() -> str:
-    """What the lock of a stage holds that this process works on."""
-    return f"process {os.getpid()} on {socket.gethostname()}"

@@ -102,8 +102,8 @@ def test_a_missed_expectation(make_run: Run, metrics: dict[str, Any]) -> None:
     assert "missed" in words
 
 
-def test_a_run_under_way_says_how_far_it_is(make_run: Run, at_work: str) -> None:
-    run = make_run(blocks=3, holder=at_work)
+def test_a_run_under_way_says_how_far_it_is(make_run: Run) -> None:
+    run = make_run(blocks=3, at_work=True)
     words = page(run).words
     assert "At work: block-ap, 2 of 4, about 0:30 left" in words
     assert "Nothing is measured yet." in words
@@ -111,7 +111,7 @@ def test_a_run_under_way_says_how_far_it_is(make_run: Run, at_work: str) -> None
 
 
 def test_a_stopped_run_says_why(make_run: Run) -> None:
-    run = make_run(blocks=3, holder="")
+    run = make_run(blocks=3)
     with open(run / "block-ap.partial" / "log.jsonl", "a") as log:
         log.write(json.dumps({"time": 3760, "event": "stopped", "error": "ResourceError: disk full"}) + "\n")
     words = page(run).words
@@ -137,7 +137,7 @@ def hostile(value: Any) -> Any:
 
 @pytest.mark.parametrize("status", ["finished", "stopped"])
 def test_nothing_in_a_run_becomes_markup(make_run: Run, status: str) -> None:
-    run = make_run() if status == "finished" else make_run(blocks=3, holder="")
+    run = make_run() if status == "finished" else make_run(blocks=3)
     clean = page(run)
     for file in run.rglob("*.json*"):
         values = [json.loads(line) for line in file.read_text().splitlines()]

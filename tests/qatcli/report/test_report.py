@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from qatcli import report
 from qatcli.cli import app
+from qatcli.directory import locked
 
 Run = Callable[..., Path]
 REFRESH = '<meta http-equiv="refresh"'
@@ -33,16 +35,16 @@ def test_both_files_and_nothing_else(make_run: Run) -> None:
     assert REFRESH not in (run / "report.html").read_text(), "a finished run does not change any more"
 
 
-def test_only_a_watched_page_of_a_run_under_way_refreshes(make_run: Run, at_work: str) -> None:
-    run = make_run(blocks=2, holder=at_work)
+def test_only_a_watched_page_of_a_run_under_way_refreshes(make_run: Run) -> None:
+    run = make_run(blocks=2, at_work=True)
     report.write_report(run)
     assert REFRESH not in (run / "report.html").read_text()
     report.write_report(run, refresh=5)
     assert REFRESH in (run / "report.html").read_text()
 
 
-def test_watching_ends_when_no_stage_is_at_work(make_run: Run, at_work: str) -> None:
-    run = make_run(blocks=2, holder=at_work)
+def test_watching_ends_when_no_stage_is_at_work(make_run: Run) -> None:
+    run = make_run(blocks=2, at_work=True)
     seen: list[str] = []
 
     def sleep(seconds: float) -> None:
@@ -56,13 +58,17 @@ def test_watching_ends_when_no_stage_is_at_work(make_run: Run, at_work: str) -> 
     assert REFRESH not in (run / "report.html").read_text()
 
 
-def test_a_pause_between_two_stages_does_not_end_the_watch(make_run: Run, at_work: str) -> None:
-    run = make_run(blocks=2, holder="")
+def test_a_pause_between_two_stages_does_not_end_the_watch(make_run: Run) -> None:
+    run = make_run(blocks=2)
     seen: list[str] = []
+    at_work = ExitStack()
 
     def sleep(seconds: float) -> None:
         seen.append(json.loads((run / "report.json").read_text())["run"]["status"])
-        (run / "block-ap.lock").write_text(at_work if len(seen) == 1 else "")
+        if len(seen) == 1:
+            at_work.enter_context(locked(run / "block-ap"))
+        else:
+            at_work.close()
 
     report.watch(run, sleep=sleep)
     assert seen == ["stopped", "running", "stopped"]
