@@ -34,7 +34,7 @@ KNOBS = {
     "e2e_qp.text_weight to 1, which needs no second model",
     "pack": "close other programs",
     "export": "set export.runtimes to false, which leaves logits uncompared",
-    "eval": "lower eval.perplexity's seq_len, set eval.kl to false, or shorten eval.baselines",
+    "eval": "lower eval.perplexity's seq_len or eval.zero_shot.batch_tokens, set eval.kl: false, or cut eval.baselines",
 }
 
 

@@ -30,6 +30,7 @@ HEAP = 1.33  # what C's allocator holds over what is in use, where tensors of ma
 WARM = 96 * 2**20  # bytes that libraries take on a CPU once they compute (measured)
 TOKENIZER = 2**26
 TEXT_LIBRARIES = 2**26  # what reads files and hub data sets
+ZERO_SHOT = 2**28  # lm-eval and the questions of the paper's five tasks (measured)
 GZIPPED = 4  # times as large as the file is its text, a guess
 UNSEEN_TEXT = 2**27  # bytes of a data set on the hub, a guess; more than eight times that is never read
 
@@ -219,7 +220,13 @@ def evaluate(s: Setting) -> list[Phase]:
     if not s.on_cpu and (config.speed or config.prompts):  # decoding makes a second copy of the codes (PackedLinear)
         packed += sum(packed_bytes(q, scale=0) for q in model.linears.values())
     models = {"full precision": full if config.kl else 0, "measured model": max(packed, rounded, alone)}
+    host = {"reading": 0 if s.on_cpu else s.reading(model.total), "tokenizer": TOKENIZER}
     work = 0
+    if config.zero_shot is not None:  # every token of a row has logits at most, and few of them are in fp32 at a time
+        row = config.zero_shot.batch_tokens
+        forward = model.passes("dense", 1, row, model.dtype, dtype).forward
+        work = row * model.vocabulary * dtype.itemsize + forward
+        host["zero-shot"] = ZERO_SHOT
     for text in config.perplexity:
         batch = max(1, BATCH_TOKENS // text.seq_len)
         batch = min(batch, text.windows or batch)
@@ -228,7 +235,6 @@ def evaluate(s: Setting) -> list[Phase]:
         work = max(work, batch * row * dtype.itemsize + max(forward, 2 * FP32 * row))
         if config.kl:  # both log-probabilities, and their divergence
             work = max(work, 5 * FP32 * row)
-    host = {"reading": 0 if s.on_cpu else s.reading(model.total), "tokenizer": TOKENIZER}
     return [Phase("measuring", models, {"work": work}, host)]
 
 

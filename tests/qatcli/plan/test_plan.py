@@ -17,7 +17,7 @@ from qatcli.errors import RecipeError, ResourceError
 from qatcli.models.gguf import cache_directory
 from qatcli.plan import GIB, Need, need, require, setting
 from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
-from qatcli.plan.needs import MEMORY, disk_bytes
+from qatcli.plan.needs import MEMORY, ZERO_SHOT, Phase, disk_bytes
 from qatcli.plan.report import make_plan, render, runtimes
 from qatcli.plan.timing import Rates, Work, work
 from qatcli.plan.tracing import UntraceableError
@@ -355,6 +355,17 @@ def test_decoding_on_a_gpu_keeps_a_second_copy_of_the_codes(recipe: Callable[...
         (measuring,) = MEMORY["eval"](s)
         sizes.append(measuring.compute["measured model"])
     assert sizes[0] - sizes[1] == sum(packed_bytes(quant, scale=0) for quant in s.model.linears.values())
+
+
+def test_questions_take_memory_for_a_row_of_them_and_for_the_harness(recipe: Callable[..., Recipe]) -> None:
+    def measuring(**section: Any) -> Phase:
+        quiet = {"perplexity": [], "kl": False, "speed": None}
+        (phase,) = MEMORY["eval"](setting(recipe(eval={**quiet, **section}), CPU, Path("runs")))
+        return phase
+
+    none, short, long = (measuring(zero_shot=z) for z in (None, {"batch_tokens": 256}, {"batch_tokens": 512}))
+    assert sum(short.host.values()) - sum(none.host.values()) == ZERO_SHOT
+    assert none.work["work"] == 0 < 1.9 * short.work["work"] < long.work["work"]
 
 
 def test_files_of_streams_need_a_disk_of_their_own(
