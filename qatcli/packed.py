@@ -73,10 +73,6 @@ class QuantizedLinear:
     def in_features(self) -> int:
         return self.codes.shape[1]
 
-    @property
-    def groups(self) -> int:
-        return self.scale.shape[1]
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [N, K] in `dtype`."""
         return dequantize(

@@ -12,13 +12,11 @@ text      token streams and windows for perplexity
 """
 
 from qatcli.data.corpus import check_source
-from qatcli.data.sources import DataSource
 from qatcli.data.store import Windows, load_windows, save_windows
 from qatcli.data.text import begin_windows, c4_windows, evaluation_windows, text_tokens
 from qatcli.data.windows import WindowSet, sample_windows
 
 __all__ = [
-    "DataSource",
     "WindowSet",
     "Windows",
     "begin_windows",

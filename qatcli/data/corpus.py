@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 from qatcli.data.examples import encoder
 from qatcli.data.files import TEXT_FIELD
 from qatcli.data.rows import Record, detect_format, parse_row
-from qatcli.data.sources import DataSource, Part, open_source
+from qatcli.data.sources import Part, open_source
 from qatcli.data.tokens import Example
 from qatcli.errors import InputError
+from qatcli.recipe import DataSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +69,7 @@ def read_corpus(source: DataSource, tokenizer: PreTrainedTokenizerBase, *, limit
 
     Raises InputError for data that are missing, empty, malformed or cannot be split, RecipeError for a format.
     """
-    format_ = source.format
+    format_: str = source.format
     parts = open_source(source)
     records: list[list[Record]] = []
     skipped = 0

@@ -14,43 +14,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from qatcli.data.files import SUFFIXES, LocatedRow, file_kind, is_text_file, read_rows
 from qatcli.errors import InputError
+from qatcli.recipe import DataSource
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside saved data sets
 _LOCAL_HINT = "give a local file or a glob, or the id of a Hugging Face dataset such as `allenai/c4`"
-
-
-class DataSource(Protocol):
-    """What a recipe says about one source; the recipe's own model has these fields."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def revision(self) -> str | None: ...
-    @property
-    def files(self) -> str | None: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def field(self) -> str: ...
-    @property
-    def weight(self) -> float: ...
-    @property
-    def streaming(self) -> bool: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def template(self) -> str: ...
-    @property
-    def packing(self) -> bool | None: ...
-    @property
-    def bos(self) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import torch
 
 from qatcli.data.corpus import Corpus, Document, read_corpus
 from qatcli.data.packing import draw_windows, find_long, has_tokens, pack_windows, pad_windows
-from qatcli.data.sources import DataSource
 from qatcli.data.tokens import Example, encode_text, first_token, join, plain
 from qatcli.errors import InputError, RecipeError
+from qatcli.recipe import DataSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -139,13 +139,16 @@ def _check_context(subject: Subject, config: EvalSection, log: RunLog) -> None:
     positions are a table, which ends there."""
     context, table = _context(subject.model)
     asked = [(f"windows of {text.seq_len} ({text.name})", text.seq_len) for text in config.perplexity]
-    if table and config.speed:
-        asked.append(("speed", config.speed.prompt_tokens + config.speed.new_tokens))
+    if table:
+        asked += [
+            (f"the prompt {prompt[:20]!r}", len(subject.tokenizer(prompt)["input_ids"])) for prompt in config.prompts
+        ]
+        asked += [("speed", config.speed.prompt_tokens + config.speed.new_tokens)] if config.speed else []
     for what, tokens in asked:
         if context and tokens > context:
             text = f"{subject.name} has a context of {context} tokens and is measured on {what}"
             if table:
-                hint = f"ask for {context} or less: --seq-len, eval.speed.prompt_tokens, or --no-speed"
+                hint = f"ask for {context} or less: --seq-len, eval.prompts, eval.speed.prompt_tokens, or --no-speed"
                 raise InputError(f"{text}: it has no positions beyond", hint=hint)
             log.warn(f"{text}, for which it was not trained: ask for {context} or less")
 

@@ -89,13 +89,13 @@ class Tally:
             elif not np.array_equal(left, right):
                 kind.append(f"{name}: {np.count_nonzero(left != right)} of {right.size} values differ")
 
-    def verification(self, format_name: str, *, verifier: str = READER, notes: Iterable[str] = ()) -> Verification:
+    def verification(self, format_name: str, *, notes: Iterable[str] = ()) -> Verification:
         """The result so far."""
         named = (("codes", self.codes), ("zero points", self.zero_points), ("scales", self.scales))
         differences = [f"{kind} of {entry}" for kind, entries in named for entry in entries] + self.others
         return Verification(
             format_name,
-            verifier,
+            READER,
             self.modules,
             codes_equal=not self.codes,
             zero_points_equal=not self.zero_points,

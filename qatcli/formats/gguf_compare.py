@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qatcli.errors import InputError
 from qatcli.formats import source
-from qatcli.formats.compare import READER, Tally, parts_of
+from qatcli.formats.compare import Tally, parts_of
 from qatcli.formats.contract import Verification
 from qatcli.formats.gguf_metadata import metadata_differences
 from qatcli.formats.gguf_model import rope_factors
@@ -70,7 +70,7 @@ def compare_file(checkpoint: PackedCheckpoint, file: Path, *, embedding: str) ->
     tally.others += [f"tensor {name} is unexpected" for name in found.tensors if name not in expected_names]
     tally.others += metadata_differences(checkpoint, found)
     notes = [f"block types: {', '.join(sorted({entry.type_name for entry in found.tensors.values()}))}"]
-    return tally.verification("gguf", verifier=READER, notes=notes)
+    return tally.verification("gguf", notes=notes)
 
 
 def gguf_name(checkpoint: PackedCheckpoint, name: str) -> str:

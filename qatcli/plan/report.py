@@ -20,7 +20,7 @@ from qatcli.packed import PackedCheckpoint
 from qatcli.plan import GIB, Need, bytes_in, libraries, need, setting, suit
 from qatcli.plan.needs import Setting, pack_bytes
 from qatcli.plan.timing import measure_rates, work
-from qatcli.recipe import Recipe, untrained_gptq
+from qatcli.recipe import Recipe, carried_bits, untrained_gptq
 from qatcli.runlog import duration
 
 
@@ -88,13 +88,13 @@ def runtimes(s: Setting) -> dict[str, list[Deployment]]:
         "dense": deployment.dense(),
     }
     options = ExportOptions(awq_promote=s.recipe.export.awq_promote)
-    return {name: found for name, found in rows.items() if _writable(FORMATS[name], checkpoint, options)}
+    carried, bits = carried_bits(s.recipe), {quant.bits for quant in s.model.linears.values()}
+    fit = {name: found for name, found in rows.items() if bits.issubset(carried[name])}
+    return {name: found for name, found in fit.items() if _writable(FORMATS[name], checkpoint, options)}
 
 
 def _writable(row: Format, checkpoint: PackedCheckpoint, options: ExportOptions) -> bool:
-    """Whether an export can be promised, as far as bits, sizes and architecture tell."""
-    if not {quant.bits for quant in checkpoint.modules.values()} <= set(row.bits):
-        return False
+    """Whether an export can be promised, as far as sizes and architecture tell."""
     try:
         if row.refuse:
             row.refuse(checkpoint, options)

@@ -23,10 +23,12 @@ FORMAT_BITS: Mapping[str, tuple[int, ...]] = {
     "native": (2, 3, 4, 8),
     "compressed-tensors": (2, 3, 4, 8),
     "dense": (2, 3, 4, 8),
-    "awq": (2, 3, 4),
+    "awq": (4,),
     "gguf": (2, 3, 4),
 }
-"""Bits that each export format can carry; awq carries less than 4 with `export.awq_promote` only."""
+"""Bits that each export format can carry."""
+_AT_A_PRICE = {"awq": ((2, 3), "export.awq_promote"), "gguf": ((8,), "quant.zero_points: middle")}
+"""Further bits, and what they need."""
 
 _LARGEST_ABSOLUTE_RATE = 0.1
 _SMALLEST_REACH = 1e-3
@@ -35,14 +37,21 @@ _OF_DATASETS = ("name", "split", "streaming")  # keys of a source that `datasets
 Check = Callable[[Recipe], Iterator[Problem]]
 
 
+def carried_bits(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Bits that each export format can carry with this recipe's options."""
+    paid = {"awq": recipe.export.awq_promote, "gguf": recipe.quant.zero_points == "middle"}
+    return {name: bits + (_AT_A_PRICE[name][0] if paid.get(name) else ()) for name, bits in FORMAT_BITS.items()}
+
+
 def _format_carries_bits(recipe: Recipe) -> Iterator[Problem]:
     used = {recipe.quant.bits, *(override.bits for override in recipe.quant.overrides if override.bits)}
-    carried = FORMAT_BITS if recipe.export.awq_promote else {**FORMAT_BITS, "awq": (4,)}
+    carried = carried_bits(recipe)
     for index, name in enumerate(recipe.export.formats):
         too_many = sorted(used.difference(carried[name]))
         if too_many:
             able = ", ".join(other for other, bits in carried.items() if used.issubset(bits))
-            unless = " without export.awq_promote" if used.issubset(FORMAT_BITS[name]) else ""
+            more, price = _AT_A_PRICE.get(name, ((), ""))
+            unless = f" without {price}" if used.issubset((*carried[name], *more)) else ""
             bits = " and ".join(str(bit) for bit in too_many)
             yield Problem(("export", "formats", index), f"cannot carry {bits} bits{unless}; these can: {able}", name)
 
@@ -156,7 +165,10 @@ def _expected_is_measured(recipe: Recipe) -> Iterator[Problem]:
 _RATES = ("lr_units", "lr_weights", "lr_scales", "lr_zero_points", "lr_norms")
 
 CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
-    (_format_carries_bits, ("quant.bits", "quant.overrides", "export.formats", "export.awq_promote")),
+    (
+        _format_carries_bits,
+        ("quant.bits", "quant.overrides", "quant.zero_points", "export.formats", "export.awq_promote"),
+    ),
     (_revision_is_of_the_hub, ("model.source", "model.revision")),
     (_gguf_file_is_there, ("model.source", "model.gguf_file")),
     (_data_keys_have_effect, ("calibrate.data", "e2e_qp.data")),

@@ -41,11 +41,6 @@ def expand_variables(text: str, environment: Mapping[str, str]) -> str:
     return _VARIABLE.sub(value, text)
 
 
-def escape_variables(text: str) -> str:
-    """The inverse of `expand_variables` for a text that must come back unchanged."""
-    return _VARIABLE.sub(lambda match: "$" + match[0], text)
-
-
 def is_local(source: str) -> bool:
     """Whether `source` names files of this machine rather than a hub repository."""
     return (

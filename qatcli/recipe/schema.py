@@ -41,7 +41,8 @@ class ModelSection(Section):
     """The full-precision model."""
 
     source: Source
-    """Hub id (`owner/name`), local folder, or GGUF file. A path starts with `.`, `/` or `~`, or ends in `.gguf`."""
+    """Hub id (`owner/name`), local folder, or GGUF file. A path starts with `.`, `/` or `~`, or ends in `.gguf`. A GGUF
+    file is converted to fp32 once, into `~/.cache/qat` or `$XDG_CACHE_HOME/qat`: 4 bytes for every parameter."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; null takes the default branch."""
     gguf_file: str | None = None
@@ -79,12 +80,13 @@ class QuantSection(Section):
     """Zero points that a group may have: any of the grid; the central two, `2^(bits-1) - 1` and `2^(bits-1)`, with
     which 2-bit models fit GGUF's Q2_0 (2.25 bits per weight) exactly; or only the latter, a symmetric grid."""
     init: Literal["minmax", "absmax", "percentile", "entropy", "mse", "weighted"] = "weighted"
-    """Search for the first scale and zero point of a group; `weighted` minimises the squared error weighted by the
-    second moments of the layer's inputs, `entropy` the divergence between the distributions of a layer's weights."""
+    """First scale and zero point of a group. `minmax`: its whole range; `absmax`: the same around zero; `percentile`:
+    but for half a percent at each end. Searched: least squared error (`mse`), weighted by the second moments of the
+    layer's inputs (`weighted`), or divergence between the distributions of the layer's weights (`entropy`)."""
     overrides: tuple[ModuleOverride, ...] = ()
     """Exceptions by module name, applied in order."""
     skip: tuple[Name, ...] = ("lm_head",)
-    """Shell patterns of linears that stay in full precision. Embeddings and norms always do."""
+    """Shell patterns of linears that stay in full precision. All that lies outside of the blocks always does."""
 
     def for_module(self, name: str) -> tuple[int, int] | None:
         """`(bits, group_size)` of the linear `name`, or None if it stays in full precision."""
@@ -129,7 +131,7 @@ class DataSource(Section):
     an instruction followed by padding. null packs instructions, and texts that cannot fill the windows alone."""
     bos: Literal["document", "window"] = "document"
     """Where the beginning-of-text token stands: before each document, if the tokenizer puts it there, or at the start
-    of every window as well, which models that were never trained without it need (Gemma)."""
+    of every window as well, which Gemma needs: it never saw a text without."""
 
 
 class CalibrateSection(Section):
@@ -140,13 +142,13 @@ class CalibrateSection(Section):
     samples: Count = 4096
     """Training windows."""
     validation_samples: Count = 64
-    """Held-out windows, from documents that the training windows do not touch."""
+    """Held-out windows, from the last tenth of each file's documents, or of the text where these are fewer than ten."""
     seq_len: Annotated[int, Number, Field(ge=8)] = 2048
     """Tokens per window."""
     seed: Annotated[CountOrZero, Field(lt=2**32)] = 2
     """Seed of the choice of documents and windows, and of the order of training."""
     moment_samples: CountOrZero = 64
-    """Training windows, at most, from which the second moments of every linear's inputs are measured."""
+    """Training windows, at most, from which the second moments of every linear's inputs are measured, and GPTQ's."""
 
 
 class CacheSection(Section):
@@ -170,8 +172,8 @@ class BlockApSection(Section):
     batch_size: Count = 2
     """Windows per optimizer step."""
     loss: Literal["downstream", "relative", "mse"] = "downstream"
-    """`mse` on the block's output; `relative`, relative to each token's energy; `downstream`, relative as all later
-    linears read it, the mean over them. Massive activations of some tokens or channels then do not hide the rest."""
+    """`mse` of the block's output; `relative`: each token's squared error over its squared norm; `downstream`: the same
+    with channels weighted as later linears weight them. So a few massive activations do not hide the rest."""
     lookahead: bool = True
     """Train for the mean of this error and of the one after the next block in full precision. Takes about 1.6 times
     as long."""
@@ -188,7 +190,7 @@ class BlockApSection(Section):
     """Scales; as reach, how far the outermost level of the grid may move, in step sizes. The scale itself then changes
     by up to this over `2^(bits-1)`: by 7.5 % at 3 bits with 0.3. 0 does not train them."""
     lr_zero_points: Rate = 0.0
-    """Zero points; as reach, in integer steps. 0 does not train them."""
+    """Zero points, with `quant.zero_points: any`; as reach, in integer steps. 0 does not train them."""
     lr_norms: Rate = 0.1
     """Norm weights; as reach, relative to their own magnitude. 0 does not train them."""
     min_lr_factor: DecayFactor | None = 20.0
@@ -200,12 +202,12 @@ class BlockApSection(Section):
     grad_clip: Positive | None = None
     """Largest norm of the gradient; null does not clip."""
     amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Arithmetic of the blocks; `auto` is bfloat16 where the hardware has it. float16 scales its losses, and needs a
-    model whose hidden states stay below 65504. Parameters are always fp32."""
+    """Arithmetic of the blocks, in `calibrate` too; `auto` is bfloat16 where the hardware has it, else float32. float16
+    scales its losses, and needs hidden states below 65504. Parameters are always fp32."""
     compile: bool | None = None
     """`torch.compile` the blocks that train; null does so on a GPU. Results differ by rounding."""
     cache: CacheSection = CacheSection()
-    """Where the activations live."""
+    """Where the activations live, those of `calibrate` too."""
 
 
 class E2eQpSection(Section):
@@ -248,10 +250,10 @@ class E2eQpSection(Section):
     gradient_checkpointing: bool = True
     """Recompute each block in the backward pass: less memory, more time, the same result (but dropout acts if any)."""
     amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Arithmetic of the model; `auto` is bfloat16 where the hardware has it, float16 scales its losses. Trained
-    parameters are always fp32."""
+    """Arithmetic of the model; `auto` is bfloat16 where the hardware has it, else float32. float16 scales its losses.
+    Trained parameters are always fp32."""
     checkpoint_every: Count = 16
-    """Optimizer steps between two states from which an interrupted run resumes."""
+    """Optimizer steps between two states from which an interrupted run resumes, and among which `keep_best` chooses."""
     keep_best: bool = True
     """Keep the state with the lowest validation loss, the untrained one included."""
 
@@ -270,16 +272,16 @@ class ExportSection(Section):
     """`qat export`: formats of other runtimes."""
 
     formats: Annotated[tuple[Format, ...], Field(min_length=1)] = ("native",)
-    """What to write; `qat export --format` chooses others."""
+    """What `qat export` writes, which is no part of `qat run`; `--format` chooses others."""
     verify: bool = True
     """Read every export back with other code and compare it; `qat export --verify` and `--no-verify` set this."""
     runtimes: bool = True
     """Also load it in the installed libraries that serve the format and compare logits."""
     dtype: Literal["auto", "float16", "bfloat16"] = "auto"
     """native, dense: type of everything that is not quantized; `auto`: bfloat16 where the model is stored so or
-    is of a family that float16 does not hold (Gemma 2 and 3, GLM-4), else float16."""
+    is of a family that float16 does not hold (Gemma 2 and 3, GLM-4, PLaMo 2), else float16."""
     max_shard_gb: Positive = 5.0
-    """Size above which a new safetensors shard begins."""
+    """Size, in 1e9 bytes, above which a new safetensors shard begins."""
     awq_promote: bool = False
     """awq: let 2- and 3-bit codes ride in 4 bits."""
     bitblas_zeros: Literal["qzeros", "zeros"] = "qzeros"
@@ -354,10 +356,10 @@ class EvalSection(Section):
     """Keep the full-precision model's perplexities and accuracies in the user's cache directory, so that a machine
     measures them once. They are used for the same files, texts, tasks, device and versions only."""
     baselines: tuple[Baseline, ...] = ("full_precision", "round_to_nearest", "block_ap")
-    """Models measured beside the result. `round_to_nearest` has min-max grids, `calibrate` the searched ones; `gptq` is
-    made from these in `<run>/gptq`; `calibrate`, `gptq` and `block_ap` need the run's own stages."""
+    """Models measured beside the result. `round_to_nearest` has min-max grids, `calibrate` the searched ones; `gptq`
+    searches its own and is made in `<run>/gptq`. The last three are left out where the run lacks their stage."""
     prompts: tuple[str, ...] = ()
-    """Prompts that every measured model continues, for the report."""
+    """Prompts that full precision and the result continue, for the table and the report."""
     max_new_tokens: Count = 64
     """Length of these continuations, in tokens."""
 

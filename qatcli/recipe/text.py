@@ -65,8 +65,3 @@ def parse(text: str) -> Any:
         raise YamlProblem(f"character {error.position}: {error.reason}") from error
     except RecursionError as error:
         raise YamlProblem("nested too deeply") from error
-
-
-def write(value: Any) -> str:
-    """`value` as YAML that `parse` reads back to the same value."""
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)

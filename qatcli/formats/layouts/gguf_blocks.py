@@ -33,13 +33,11 @@ F16 = NDArray[np.float16]
 
 @dataclass(frozen=True)
 class BlockType:
-    """One ggml type: its id, values and bytes per block, `exact` unless its offset is rounded, and its encoder."""
+    """One ggml type: its id, values and bytes per block, and its encoder."""
 
-    name: str
     type_id: int
     length: int
     bytes: int
-    exact: bool
     encode: Callable[[U8, U8, F16], U8]
 
 
@@ -108,13 +106,13 @@ def q4_k(codes: U8, zero_point: U8, scale: F16) -> U8:
 
 
 TYPES: dict[str, BlockType] = {
-    "Q4_0": BlockType("Q4_0", 2, 32, 18, True, q4_0),
-    "Q4_1": BlockType("Q4_1", 3, 32, 20, False, q4_1),
-    "Q5_0": BlockType("Q5_0", 6, 32, 22, True, q5_0),
-    "Q8_0": BlockType("Q8_0", 8, 32, 34, True, q8_0),
-    "Q2_K": BlockType("Q2_K", 10, 256, 84, True, q2_k),
-    "Q4_K": BlockType("Q4_K", 12, 256, 144, True, q4_k),
-    "Q2_0": BlockType("Q2_0", 42, 64, 18, True, q2_0),
+    "Q4_0": BlockType(2, 32, 18, q4_0),
+    "Q4_1": BlockType(3, 32, 20, q4_1),
+    "Q5_0": BlockType(6, 32, 22, q5_0),
+    "Q8_0": BlockType(8, 32, 34, q8_0),
+    "Q2_K": BlockType(10, 256, 84, q2_k),
+    "Q4_K": BlockType(12, 256, 144, q4_k),
+    "Q2_0": BlockType(42, 64, 18, q2_0),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +11,18 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from qatcli.recipe import DataSource
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-@dataclass(frozen=True)
-class Source:
-    """The fields of a recipe's data source."""
-
-    source: str
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    files: str | None = None
-    field: str = "text"
-    weight: float = 1.0
-    streaming: bool = False
-    format: str = "auto"
-    template: str = "alpaca"
-    packing: bool | None = None
-    bos: str = "document"
-
-
 @pytest.fixture(scope="session")
-def make_source() -> type[Source]:
-    return Source
+def make_source() -> Callable[..., DataSource]:
+    """A function that makes a recipe's data source of its keys, as they are."""
+    return lambda source, **keys: DataSource.model_construct(source=source, **keys)
 
 
 @pytest.fixture(scope="session")

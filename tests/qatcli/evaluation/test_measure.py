@@ -188,13 +188,20 @@ def of_32_positions(tiny_llama: Path, save_random_model: Callable[..., Path]) ->
     return model
 
 
-@pytest.mark.parametrize(("asked", "what"), [({"seq_len": 33}, "windows of 33"), ({"new_tokens": 25}, "speed")])
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [
+        ({"seq_len": 33}, "windows of 33"),
+        ({"new_tokens": 25}, "speed"),
+        ({"prompts": ("long " * 99,)}, "the prompt 'long"),
+    ],
+)
 def test_beyond_a_table_of_positions_nothing_is_measured(
-    of_32_positions: Path, config: EvalSection, asked: dict[str, int], what: str
+    of_32_positions: Path, config: EvalSection, asked: dict[str, Any], what: str
 ) -> None:
     text, speed = config.perplexity[0], config.speed
     assert speed is not None
-    wanted = {"perplexity": (text.model_copy(update=asked),), "speed": speed.model_copy(update=asked)}
+    wanted = {"perplexity": (text.model_copy(update=asked),), "speed": speed.model_copy(update=asked), **asked}
     with pytest.raises(InputError, match=f"context of 32 tokens and is measured on {what}.*no positions") as caught:
         compare([str(of_32_positions)], config.model_copy(update=wanted), against=None, device=CPU, log=QUIET)
     assert "ask for 32 or less" in (caught.value.hint or "")

@@ -24,7 +24,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "export.formats.0",
         "cannot carry 3 bits without export.awq_promote; these can: gptq",
     ),
-    ({"quant": {"bits": 8}, "export": {"formats": ["gptq", "gguf"]}}, "export.formats.1", "cannot carry 8 bits"),
+    (
+        {"quant": {"bits": 8}, "export": {"formats": ["gptq", "gguf"]}},
+        "export.formats.1",
+        "cannot carry 8 bits without quant.zero_points: middle; these can: gptq",
+    ),
     (
         {"quant": {"overrides": [{"pattern": "*", "bits": 8}]}, "export": {"formats": ["gguf"]}},
         "export.formats.0",
@@ -93,6 +97,13 @@ def test_defaults_do_not_contradict(build: Callable[..., Recipe], method: str, b
 
 def test_promoted_codes_ride_in_awq(build: Callable[..., Recipe]) -> None:
     assert contradictions(build(export={"formats": ["awq"], "awq_promote": True}), set()) == []
+
+
+def test_symmetric_codes_of_eight_bits_go_to_gguf(build: Callable[..., Recipe]) -> None:
+    quant = {"bits": 8, "zero_points": "middle"}
+    assert contradictions(build(quant=quant, export={"formats": ["gguf"]}), set()) == []
+    (problem,) = contradictions(build(quant=quant, export={"formats": ["awq"], "awq_promote": True}), set())
+    assert "these can: gptq, bitblas, native, compressed-tensors, dense, gguf" in problem.text
 
 
 def test_a_symmetric_grid_takes_any_init(build: Callable[..., Recipe]) -> None:

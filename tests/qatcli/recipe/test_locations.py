@@ -6,10 +6,8 @@ import glob
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from qatcli.recipe.locations import escape_variables, expand_variables, is_local, resolve_source, resolve_text
+from qatcli.recipe.locations import expand_variables, is_local, resolve_source, resolve_text
 
 
 @pytest.mark.parametrize(
@@ -41,11 +39,6 @@ def test_expansion(text: str, expected: str) -> None:
 def test_expansion_fails(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         expand_variables(text, {"EMPTY": ""})
-
-
-@given(st.text(alphabet="$${}Ab:-", max_size=12))
-def test_an_escaped_text_comes_back(text: str) -> None:
-    assert expand_variables(escape_variables(text), {}) == text
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qatcli.recipe.text import YamlProblem, parse, write
+from qatcli.recipe.text import YamlProblem, parse
 
 
 def test_values() -> None:
@@ -39,8 +39,3 @@ def test_values() -> None:
 def test_refusals(text: str, message: str) -> None:
     with pytest.raises(YamlProblem, match=message):
         parse(text)
-
-
-def test_write_is_the_inverse() -> None:
-    value = {"a": [1, 2e-5, 1e22, None, True, "yes", "1e-4", "", "a: b\n c", "\x85 ${X}"], "b": {"c": []}}
-    assert parse(write(value)) == value
