@@ -96,7 +96,7 @@ def _prepare(recipe: Recipe, blocks: range, device: torch.device) -> Setting:
     dtype = compute_dtype(recipe.block_ap.amp, device)
     hidden = model.hidden_size
     arguments = model.block_arguments(config.seq_len, device, torch.float32)
-    readers = stream_readers(model, device)
+    readers = readers_behind(stream_readers(model, device))
     flows = []
     for tokens in (windows.train, windows.validation):
         flows.append(torch.empty(*tokens.shape, hidden, dtype=dtype))
@@ -139,7 +139,7 @@ def _quantize(recipe: Recipe, setting: Setting) -> tuple[float, list[BlockResult
             hessians = input_hessians(block, prefix, list(quants), sample, arguments, device)
         students = build_student(block, prefix, quants, grids, zero_points=recipe.quant.zero_points, hessians=hessians)
         unseen = Windows(held_out, held_out_target)
-        error = output_error(recipe.block_ap.loss, readers_behind(setting.readers, index))
+        error = output_error(recipe.block_ap.loss, setting.readers[index])
         results.append(
             train_block(
                 Objective(block, arguments, [error]),

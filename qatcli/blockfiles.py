@@ -6,8 +6,6 @@ configuration, and nothing is rewritten.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatcli.directory import LOG_FILE
 from qatcli.errors import InputError
-from qatcli.linear import replace_modules
+from qatcli.events import read_log
 from qatcli.memory import release_memory
 from qatcli.models.blocks import BlockModel
 from qatcli.packed import (
@@ -83,15 +80,8 @@ def finished_blocks(directory: Path) -> dict[int, dict[str, Any]]:
 
 def block_events(directory: Path) -> dict[int, dict[str, Any]]:
     """Index -> latest `block` event in the log, those of interrupted runs included."""
-    log = directory / LOG_FILE
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    found: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        with contextlib.suppress(ValueError):  # half a line, where a disk was full
-            event = json.loads(line)
-            if event["event"] == "block":
-                found[event["index"]] = event
-    return found
+    events = read_log(directory, []).of("block")
+    return {event["index"]: event for event in events if isinstance(event.get("index"), int)}
 
 
 def _is_kept(file: Path, event: dict[str, Any]) -> bool:
@@ -126,29 +116,13 @@ def load_quantized_block(
     from qat_kernels import dequantize
 
     tensors = {name: tensor.to(device) for name, tensor in load_tensors(block_file(directory, index)).items()}
-    block = model.load_block(index, device, torch.float32)
-    prefix = model.block_name(index) + "."
-
-    def dense(name: str, linear: nn.Linear) -> nn.Module:
-        quant = quants[prefix + name]
-        packed, scale, zero_point = read_linear(tensors, prefix + name, quant)
-        weight = dequantize(
-            packed,
-            scale,
-            zero_point,
-            bits=quant.bits,
-            group_size=quant.group_size,
-            in_features=quant.in_features,
-            dtype=torch.float32,
-        )
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        return linear
-
-    replace_modules(block, [name.removeprefix(prefix) for name in quants], dense)
-    quantized = tuple(f"{name}." for name in quants)
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if not name.startswith(quantized)}
-    block.load_state_dict({name: tensor.float() for name, tensor in own.items()}, strict=False, assign=True)
-    return block.eval()
+    for name, quant in quants.items():
+        packed, scale, zero_point = read_linear(tensors, name, quant)
+        shape = {"bits": quant.bits, "group_size": quant.group_size, "in_features": quant.in_features}
+        tensors[f"{name}.weight"] = dequantize(packed, scale, zero_point, **shape, dtype=torch.float32)
+        for part in (PACKED, SCALE, ZERO_POINT):
+            del tensors[name + part]
+    return model.make_block(index, {name: tensor.float() for name, tensor in tensors.items()}, device)
 
 
 def finish(directory: Path, model: BlockModel, quant: QuantSection) -> None:

@@ -12,8 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qat_kernels import quantize
-
 ZeroPoints = Literal["any", "central", "middle"]
 SCALE_MIN, SCALE_MAX = 1e-4, 1e4
 SHRINK = tuple(1.0 - 0.02 * i for i in range(35))  # fractions of the min-max range that the searches try
@@ -114,16 +112,6 @@ def entropy_shrink(groups: Tensor, *, bits: int) -> float:
         if divergence < best:
             best, best_shrink = divergence, shrink
     return best_shrink
-
-
-@torch.no_grad()
-def relative_error(
-    weight: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, group_size: int, moment: Tensor | None = None
-) -> float:
-    """`approximation_error` of `weight` [N, K] rounded to the nearest level of a grid."""
-    codes = quantize(weight, scale, zero_point, bits=bits, group_size=group_size)
-    step = grouped(codes.float(), group_size) - zero_point[..., None]
-    return approximation_error(weight, (step * scale[..., None]).reshape(weight.shape), moment=moment)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 from qatcli.errors import InputError
 
 PIECES, PIECE = 1024, 2**16
+FEWEST_PIECES = 16
 JSON_LIMIT = 2**28  # bytes; the index of a model with 100,000 tensors has 10 MB
 
 
@@ -35,19 +36,21 @@ def read_json(file: Path) -> dict[str, Any]:
 def content_digest(source: str) -> str | None:
     """sha256, shortened, over names and contents of the local files that a path or pattern names; None without any.
 
-    Of a large file the size and pieces that lie evenly apart: what training changes, it changes everywhere.
+    Of a large file, or of many files, the sizes and pieces that lie evenly apart: what training changes, it changes
+    everywhere. All together have 64 MiB of pieces, or 1 MiB each if that is more.
     """
     path = Path(source)
     found = path.rglob("*") if path.is_dir() else map(Path, [source, *glob.iglob(source, recursive=True)])
     files = sorted({file for file in found if file.is_file()})
     digest = hashlib.sha256()
+    most = max(FEWEST_PIECES, PIECES // max(1, len(files)))
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
-        pieces = PIECES if size > PIECES * PIECE else -(-size // PIECE)
+        whole = size <= most * PIECE
         with open(file, "rb") as handle:
-            for number in range(pieces):
-                handle.seek(number * (size - PIECE) // (PIECES - 1) if pieces == PIECES else number * PIECE)
+            for number in range(-(-size // PIECE) if whole else most):
+                handle.seek(number * PIECE if whole else number * (size - PIECE) // (most - 1))
                 digest.update(handle.read(PIECE))
     return digest.hexdigest()[:16] if files else None
 

@@ -8,7 +8,7 @@ recorded from the model's own forward pass, so no family needs code of ours.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,11 +55,15 @@ class BlockModel:
 
     def load_block(self, index: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """A fresh copy of one block with its full-precision weights."""
+        prefix = self.block_name(index) + "."
+        tensors = self.source.tensors(prefix + name for name in self._blocks()[index].state_dict())
+        return self.make_block(index, {name: tensor.to(device, dtype) for name, tensor in tensors.items()}, device)
+
+    def make_block(self, index: int, tensors: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+        """A fresh copy of one block of these tensors, all that it has, by their full names."""
         block = copy.deepcopy(self._blocks()[index])
         prefix = self.block_name(index) + "."
-        tensors = self.source.tensors(prefix + name for name in block.state_dict())
-        state = {name.removeprefix(prefix): tensor.to(device, dtype) for name, tensor in tensors.items()}
-        block.load_state_dict(state, assign=True)
+        block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
         return block.to(device).eval()
 
     def outside_names(self) -> list[str]:

@@ -7,6 +7,7 @@ model is told by what reads the channel, not by the energy in it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,11 +45,12 @@ def stream_readers(
     return readers
 
 
-def readers_behind(readers: Sequence[Tensor], index: int) -> Tensor:
-    """Of `stream_readers`, those behind block `index` [R, H]: how the rest of the model reads its output. At least one
-    row, of ones if no reader is known."""
-    behind = torch.cat(list(readers[index + 1 :]))
-    return behind if len(behind) else readers[-1].new_ones(1, readers[-1].shape[1])
+def readers_behind(readers: Sequence[Tensor]) -> list[Tensor]:
+    """Of `stream_readers`, those behind every block [R, H]: how the rest of the model reads its output. At least one
+    row, of ones if no reader is known. All share one memory: of a large model they are half a gigabyte otherwise."""
+    rows = torch.cat(list(readers))
+    firsts = itertools.accumulate(len(own) for own in readers[:-1])
+    return [rows[first:] if first < len(rows) else rows.new_ones(1, rows.shape[1]) for first in firsts]
 
 
 def _probes(hidden_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

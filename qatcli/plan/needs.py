@@ -188,8 +188,9 @@ def e2e_qp(s: Setting) -> list[Phase]:
     copies = (3 if teacher else 2) * logits  # the student's and their gradient, the teacher's
     head = model.vocabulary * model.hidden * dtype.itemsize if dtype != torch.float32 else 0
     loading = {"mapped checkpoint": model.total * model.dtype.itemsize if teacher else 0, "tokenizer": TOKENIZER}
-    # Of the scales: gradients, Adam's moments, the best state.
-    models = {"student": student, "teacher": teacher, "scales": 4 * FP32 * groups}
+    # Of the scales: gradients, Adam's moments, the best state; by reach also their units, and what they were in a step.
+    copies_of_scales = 6 if config.lr_units == "reach" else 4
+    models = {"student": student, "teacher": teacher, "scales": copies_of_scales * FP32 * groups}
     work = {"activations": kept, "logits": copies, "head": head}
     return [
         _text(config.data or s.recipe.calibrate.data),

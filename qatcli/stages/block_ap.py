@@ -139,6 +139,7 @@ def run(job: Job) -> dict[str, Any]:
                 advance_stream(
                     streams.student, quantized, arguments[index], batch_size=config.batch_size, device=job.device
                 )
+            del quantized  # the next block trains without it
             if following is not None:
                 train.move_on()
                 held_out.move_on()
@@ -146,7 +147,7 @@ def run(job: Job) -> dict[str, Any]:
             elif not last:
                 block = full_precision(index + 1)
             bar.advance(detail=detail, reused=index in kept)
-    del block, following, quantized  # embeddings and head, which are read now, may be larger than they are
+    del block, following  # embeddings and head, which are read now, may be larger than they are
     finish(job.out, model, recipe.quant)
     return _metrics(job)
 
@@ -158,7 +159,7 @@ def _errors(job: Job, model: BlockModel) -> list[Error]:
     if kind == "downstream":
         with job.log.progress("block-ap: what reads the hidden states", len(model)) as bar:
             readers = stream_readers(model, job.device, progress=bar.advance)
-    return [output_error(kind, readers_behind(readers, index)) for index in range(len(model))]
+    return [output_error(kind, behind) for behind in readers_behind(readers)]
 
 
 def _check_grids(job: Job, model: BlockModel) -> None:

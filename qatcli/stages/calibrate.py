@@ -24,12 +24,12 @@ from qatcli.data import check_source, load_windows, sample_windows, save_windows
 from qatcli.data.store import FILE as WINDOWS
 from qatcli.directory import write_json
 from qatcli.errors import InputError
-from qatcli.grid import initial_grid, relative_error
+from qatcli.grid import initial_grid
 from qatcli.inputs import read_json
 from qatcli.memory import release_memory
 from qatcli.models.blocks import BlockModel, open_blocks
 from qatcli.models.source import ModelSource
-from qatcli.moments import input_moments
+from qatcli.moments import input_moments, weight_errors
 from qatcli.packed import ModuleQuant, QuantizedLinear
 from qatcli.recipe.schema import QuantSection
 from qatcli.stages import Job, open_model
@@ -132,17 +132,15 @@ def _round_block(
     """Round one block's linears to their initial grids, save it, and return each one's relative error."""
     prefix = model.block_name(index) + "."
     linears: dict[str, QuantizedLinear] = {}
-    errors: dict[str, float] = {}
     for name, q in quants.items():
         linear = block.get_submodule(name.removeprefix(prefix))
         assert isinstance(linear, nn.Linear)
         weight, shape = linear.weight.detach(), {"bits": q.bits, "group_size": q.group_size}
-        moment = moments.get(name)
         scale, zero_point = initial_grid(
-            weight, **shape, zero_points=quant.zero_points, method=quant.init, moment=moment
+            weight, **shape, zero_points=quant.zero_points, method=quant.init, moment=moments.get(name)
         )
         codes = quantize(weight, scale, zero_point, **shape)
         linears[name] = QuantizedLinear(codes, scale, zero_point.to(torch.uint8), **shape, bias=linear.bias)
-        errors[name] = relative_error(weight, scale, zero_point, **shape, moment=moment)
+    errors = weight_errors(block, model.block_name(index), linears, moments)
     save_block(job.out, index, block, linears, prefix=prefix, log=job.log, event={"relative_error": errors})
     return errors

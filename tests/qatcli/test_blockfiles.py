@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qatcli.blockfiles import block_file, finished_blocks, load_quantized_block, read_linear, save_block
 from qatcli.directory import LOG_FILE
 from qatcli.errors import InputError
+from qatcli.models.blocks import BlockModel
 from qatcli.packed import QuantizedLinear, module_quant
 from qatcli.runlog import RunLog
 from qatcli.shards import load_tensors
@@ -32,29 +33,25 @@ class Router(nn.Module):
         return self.layer_scalar * (self.gate(x) + self.gate_proj(x))
 
 
-class OneBlock:
-    """As much of a BlockModel as block files need: freshly initialized blocks."""
+class TwoRouters(nn.Module):
+    """A model of which block files need no more than its blocks."""
 
-    def block_name(self, index: int) -> str:
-        return f"model.layers.{index}"
-
-    def load_block(self, index: int, device: torch.device, dtype: torch.dtype) -> Router:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(index)
-            return Router()
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Router(), Router()])
 
 
 @pytest.fixture
 def linear() -> QuantizedLinear:
     codes = torch.randint(0, 8, (8, 32), dtype=torch.uint8)
     zero_point = torch.randint(0, 8, (8, 2), dtype=torch.uint8)
-    bias = OneBlock().load_block(1, torch.device("cpu"), torch.float32).gate.bias  # biases stay as the model has them
-    return QuantizedLinear(codes, torch.rand(8, 2) + 0.1, zero_point, bits=3, group_size=16, bias=bias.detach())
+    return QuantizedLinear(codes, torch.rand(8, 2) + 0.1, zero_point, bits=3, group_size=16, bias=torch.randn(8))
 
 
 def test_what_is_saved_is_what_runs(tmp_path: Path, linear: QuantizedLinear) -> None:
-    model: Any = OneBlock()
-    name = "model.layers.1.gate"
+    blocks: Any = TwoRouters()
+    model = BlockModel(cast(Any, None), blocks, "layers")  # no source: nothing is read of it
+    name = "layers.1.gate"
     others = {
         "gate_proj.weight": torch.randn(8, 32),
         "norm.weight": torch.randn(32),
@@ -63,7 +60,7 @@ def test_what_is_saved_is_what_runs(tmp_path: Path, linear: QuantizedLinear) -> 
     }
     trained = Router()
     trained.load_state_dict(others, strict=False)
-    save_block(tmp_path, 1, trained, {name: linear}, prefix="model.layers.1.", log=RunLog(), event={})
+    save_block(tmp_path, 1, trained, {name: linear}, prefix="layers.1.", log=RunLog(), event={})
     block = load_quantized_block(tmp_path, model, 1, {name: module_quant(linear)}, torch.device("cpu"))
 
     expected = Router()

@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qat_kernels import fake_quant
 from qatcli.grid import (
     HISTOGRAM_BINS,
     SHRINK,
     ZeroPoints,
+    approximation_error,
     entropy_shrink,
     grouped,
     initial_grid,
-    relative_error,
 )
 from qatcli.recipe.schema import QuantSection
 
@@ -26,6 +27,12 @@ METHODS = get_args(QuantSection.model_fields["init"].annotation)
 ROWS, COLUMNS = 4, 96
 ZERO_POINTS: tuple[ZeroPoints, ...] = ("any", "central", "middle")
 QUICK = settings(max_examples=40, deadline=None)
+
+
+def relative_error(weight: Tensor, *grid: Tensor, bits: int, group_size: int, moment: Tensor | None = None) -> float:
+    """Of `weight` [N, K] rounded to the nearest level of a grid."""
+    approximation = fake_quant(weight, *grid, bits=bits, group_size=group_size)
+    return approximation_error(weight, approximation, moment=moment)
 
 
 @st.composite

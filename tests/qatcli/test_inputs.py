@@ -93,6 +93,7 @@ def test_a_file_that_may_not_be_read_is_an_input_error(tmp_path: Path, monkeypat
 def test_what_is_in_files_is_told_by_their_names_and_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "PIECES", 4)
     monkeypatch.setattr(inputs, "PIECE", 8)
+    monkeypatch.setattr(inputs, "FEWEST_PIECES", 2)
     assert content_digest("owner/name") is None
     folder = tmp_path / "data"
     folder.mkdir()
@@ -110,3 +111,8 @@ def test_what_is_in_files_is_told_by_their_names_and_contents(tmp_path: Path, mo
     for change in (b"x" + bytes(999), bytes(999) + b"x", bytes(500) + b"x" * 500, bytes(1001)):
         (folder / "b.txt").write_bytes(change)
         assert content_digest(str(folder / "b.txt")) != long
+    (folder / "a.txt").write_bytes(bytes(range(30)))
+    many = content_digest(str(folder))  # two files share the pieces: of the first, 30 bytes, both ends are read
+    for position, seen in ((0, True), (15, False), (29, True)):
+        (folder / "a.txt").write_bytes(bytes(range(position)) + b"!" + bytes(range(position + 1, 30)))
+        assert (content_digest(str(folder)) != many) == seen

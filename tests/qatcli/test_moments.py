@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat_kernels import quantize
-from qatcli.grid import initial_grid, relative_error
+from qat_kernels import fake_quant, quantize
+from qatcli.grid import approximation_error, initial_grid
 from qatcli.moments import input_moments, weight_errors
 from qatcli.packed import QuantizedLinear
 
@@ -58,7 +58,8 @@ def test_errors_are_against_the_weights_of_the_block() -> None:
         scale, zero_point = initial_grid(weight, **KIND, zero_points="any", method="minmax")
         codes = quantize(weight, scale, zero_point, **KIND)
         quantized[f"b.{name}"] = QuantizedLinear(codes, scale, zero_point.to(torch.uint8), **KIND)
-        expected[f"b.{name}"] = relative_error(weight, scale, zero_point, **KIND, moment=weighted)
+        rounded = fake_quant(weight, scale, zero_point, **KIND)
+        expected[f"b.{name}"] = approximation_error(weight, rounded, moment=weighted)
     found = weight_errors(block, "b", quantized, {"b.all": moment})
     assert found == pytest.approx(expected, rel=1e-4)
     assert all(0.001 < error < 1 for error in found.values())
