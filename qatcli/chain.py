@@ -7,13 +7,13 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from qatcli import report
-from qatcli.directory import CHAIN, EXPECT_FILE, StageDirectory, open_stage, recorded_digest, write_json
+from qatcli.directory import BASELINE, CHAIN, EXPECT_FILE, StageDirectory, open_stage, recorded_digest, write_json
 from qatcli.errors import InputError, ResourceError, UsageError
 from qatcli.evaluation.options import ModelOptions, is_recipe, section
 from qatcli.expectations import check
@@ -40,7 +40,7 @@ def run_one(
     recipe, run_dir, log = _begin(recipe_file, overrides, run_dir, verbosity)
     choose_device(device)  # like the recipe, looked at before the stages in front of a pipe are waited for
     path = _given_source(source)
-    done = _run_stage(stage, recipe, run_dir, source=path, restart=restart, device=device, log=log)
+    done = _run_stage(stage, recipe, run_dir, {}, source=path, restart=restart, device=device, log=log)
     facts = done.facts
     result = {"stage": stage, "path": str(done.path), "seconds": facts["seconds"], "metrics": facts["metrics"]}
     if stage == "eval":
@@ -133,9 +133,7 @@ def run_all(
         _look_ahead(recipe, run_dir, device)
     try:
         for stage in CHAIN:
-            digest = recorded_digest(run_dir / stage)
-            outdated = digest is not None and digest == replaced.get(stage)
-            done[stage] = _run_stage(stage, recipe, run_dir, restart=restart, outdated=outdated, device=device, log=log)
+            done[stage] = _run_stage(stage, recipe, run_dir, replaced, restart=restart, device=device, log=log)
             _update_report(run_dir, log, under_way=stage != CHAIN[-1])
         (run_dir / RESTART).unlink(missing_ok=True)
     except BaseException:
@@ -172,20 +170,34 @@ def _look_ahead(recipe: Recipe, run_dir: Path, device: str | None) -> None:
 
     if "gptq" in recipe.eval.baselines:
         try:
-            require_room(["block-ap"], untrained_gptq(recipe), run_dir / "gptq", device)
+            require_room(["block-ap"], untrained_gptq(recipe), (run_dir / BASELINE).parent, device)
         except ResourceError as error:
             text = f"the baseline gptq of the evaluation: {error.message}"
             raise ResourceError(text, hint="take gptq out of eval.baselines") from error
     check_ahead(recipe.eval, open_source(**recipe.model.model_dump()).tokenizer())
 
 
-def _run_stage(stage: str, recipe: Recipe, run_dir: Path, *, source: Path | None = None, **how: Any) -> StageDirectory:
-    """`run_stage`; before an evaluation the baseline `gptq`, if it is asked for and the run has a calibration, and
-    behind it what the recipe expects, for the report: a finished stage has the recipe that it was made with."""
-    calibration = run_dir / "calibrate"
+def _run_stage(
+    stage: str,
+    recipe: Recipe,
+    run_dir: Path,
+    replaced: Mapping[str, str],
+    *,
+    source: Path | None = None,
+    **how: Any,
+) -> StageDirectory:
+    """`run_stage`, again where `replaced` has what is there; before an evaluation the baseline `gptq`, if it is asked
+    for and the run has a calibration, and behind it what the recipe expects, for the report: a finished stage has the
+    recipe that it was made with."""
+
+    def outdated(name: str) -> bool:
+        return name in replaced and recorded_digest(run_dir / name) == replaced[name]
+
+    calibration, baseline = run_dir / "calibrate", (run_dir / BASELINE).parent
     if stage == "eval" and "gptq" in recipe.eval.baselines and calibration.is_dir():
-        run_stage("block-ap", untrained_gptq(recipe), run_dir / "gptq", source=calibration, **how)
-    done = run_stage(stage, recipe, run_dir, source=source, **how)
+        again = outdated(BASELINE)
+        run_stage("block-ap", untrained_gptq(recipe), baseline, source=calibration, outdated=again, **how)
+    done = run_stage(stage, recipe, run_dir, source=source, outdated=outdated(stage), **how)
     if stage == "eval":
         with suppress(OSError):  # what was made is worth more
             write_json(run_dir / EXPECT_FILE, recipe.model_dump(mode="json")["expect"])
@@ -199,7 +211,7 @@ def _replaced(run_dir: Path, *, restart: bool) -> dict[str, str]:
     """
     file = run_dir / RESTART
     if restart and run_dir.is_dir():
-        found = {stage: recorded_digest(run_dir / stage) for stage in CHAIN}
+        found = {stage: recorded_digest(run_dir / stage) for stage in (*CHAIN, BASELINE)}
         write_json(file, {stage: digest for stage, digest in found.items() if digest is not None})
     return read_json(file) if file.is_file() else {}
 
@@ -267,13 +279,13 @@ def _print_tables(log: RunLog, metrics: dict[str, Any]) -> None:
 def _given_source(source: str | None) -> Path | None:
     """The --from directory; `-` reads it from standard input."""
     if source != "-":
-        return None if source is None else Path(source)
+        return None if source is None else Path(source).expanduser()
     line = sys.stdin.readline().strip() if sys.stdin else ""  # None where it is closed
     if not line:
         raise UsageError("--from -: standard input is empty", hint="pipe the previous stage's output into it")
     if line.startswith("{"):
         raise UsageError("--from -: standard input is JSON", hint="leave --json out of the command in front")
-    return Path(line)
+    return Path(line).expanduser()
 
 
 def _begin(

@@ -230,7 +230,7 @@ def doctor(
     as_json: JsonToo = False,
 ) -> None:
     """Examine this environment (devices, packages, kernels, memory, caches, disk) and say how to fix it."""
-    with _reported("qat doctor"):
+    with _reported("doctor"):
         from qatcli.doctor import examine
 
         result = examine()

@@ -29,6 +29,7 @@ from qatcli.inputs import file_inside, read_json
 from qatcli.interrupts import check, write_in_hand
 
 CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")  # the stages of `qat run`, in this order
+BASELINE = "gptq/block-ap"  # of an evaluation that compares with it, which makes it
 FORMAT_VERSION = 1
 STAGE_FILE = "stage.json"
 RESUME_FILE = "resume.json"
@@ -259,7 +260,8 @@ def _command(path: Path, identity: dict[str, Any]) -> str:
     name = stage_of(path)
     if "variant" in identity:
         return f"export --format {name}"
-    is_baseline = path.parent.name == "gptq" and not (path.parent / "calibrate").exists()  # no run of that name
+    run_dir = path.parent.parent
+    is_baseline = path == run_dir / BASELINE and not (path.parent / "calibrate").exists()  # no run of that name
     return "eval" if is_baseline else name
 
 

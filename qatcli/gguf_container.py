@@ -15,6 +15,7 @@ from qatcli.errors import InputError
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
+_UNREADABLE = (struct.error, OSError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
                 infos.append((name, tuple(sides[::-1]), _scalar(handle, "<I"), _scalar(handle, "<Q")))
             alignment = fields.get("general.alignment", 32)
             data = -(-handle.tell() // alignment) * alignment
-    except (struct.error, OSError, KeyError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path} is not a readable GGUF file: {error!r}") from error
     return fields, {name: Stored(type_id, shape, data + offset) for name, shape, type_id, offset in infos}
 

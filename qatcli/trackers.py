@@ -12,7 +12,8 @@ from typing import Any
 
 from qatcli.errors import missing_extra
 
-STEPS = ("step", "index", "count")  # fields that place an event on the x axis
+STEPS = {"step": "step", "validation": "step", "block": "index", "progress": "count"}
+"""Kind of event -> the field that places it on the x axis."""
 PROJECT = "qat"
 
 
@@ -22,18 +23,25 @@ class Tracker:
     def __init__(self, tracker: Any) -> None:
         self._tracker = tracker
         tracker.start()
+        # Weights & Biases counts the steps of all kinds of events together, and drops those that fall behind
+        self._counts_together = hasattr(tracker.tracker, "define_metric")
+        if self._counts_together:
+            for kind, axis in STEPS.items():
+                tracker.tracker.define_metric(f"{kind}/*", step_metric=f"{kind}/{axis}")
 
     def event(self, kind: str, fields: dict[str, Any]) -> None:
         """Send an event's figures: those of one step, or the metrics of a finished stage."""
-        step = next((fields[name] for name in STEPS if name in fields), None)
         if kind == "done":
             values = dict(_numbers(fields.get("metrics") or {}, ""))
             if values:
                 self._tracker.log(values)
-        elif step is not None:
+        elif kind in STEPS:
             scalars = {name: value for name, value in fields.items() if not isinstance(value, dict)}
-            values = {f"{kind}/{name}": value for name, value in _numbers(scalars, "") if name not in STEPS}
-            if values:
+            step = scalars.pop(STEPS[kind])
+            values = {f"{kind}/{name}": value for name, value in _numbers(scalars, "")}
+            if values and self._counts_together:
+                self._tracker.log({**values, f"{kind}/{STEPS[kind]}": step})
+            elif values:
                 self._tracker.log(values, step=step)
 
     def finish(self) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from qatcli import machine
 from qatcli.activations import StreamBudget, stream_budget
-from qatcli.errors import ResourceError
+from qatcli.errors import InputError, ResourceError
 from qatcli.memory import release_memory
 from qatcli.models.gguf import cache_directory
 from qatcli.plan.model import PlannedModel
@@ -107,11 +107,12 @@ def require(recipe: Recipe, stage: str, variant: str, *, device: torch.device, o
     if stage not in MEMORY:
         return None
     release_memory()
-    s = setting(recipe, device, out)
-    suit(s, stage)
+    unread = (InputError,) if stage in ("pack", "export") else ()  # these do without the full-precision model
     try:
+        s = setting(recipe, device, out)
+        suit(s, stage)
         predicted = need(s, stage, variant)
-    except UntraceableError as error:
+    except (UntraceableError, *unread) as error:
         return f"what {stage} needs is not known: {error.message}"
     cache = Path(recipe.block_ap.cache.dir or out)
     files = [(out, max(0, predicted.disk - bytes_in(out))), (cache, predicted.cache)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qatcli import __version__
-from qatcli.directory import CHAIN, EXPECT_FILE, LOG_FILE, STAGE_FILE, at_work, partial_of, stage_of
+from qatcli.directory import BASELINE, CHAIN, EXPECT_FILE, LOG_FILE, STAGE_FILE, at_work, partial_of, stage_of
 from qatcli.errors import InputError
 from qatcli.events import Log, read_log
 from qatcli.expectations import check
@@ -21,7 +21,6 @@ from qatcli.inputs import read_json
 from qatcli.report.evaluation import evaluation, is_number, mapping
 
 FORMAT_VERSION = 1
-BASELINE = "gptq/block-ap"  # made before an evaluation that compares with it
 STAGES = ("import", *CHAIN[:-1], BASELINE, CHAIN[-1])  # in the order in which a run comes to them
 ROUNDED, TRAINED = "relative_error", "relative_error_after"
 PROVENANCE = ("input", "digest", "model_fingerprint", "recipe_digest", "device", "machine")

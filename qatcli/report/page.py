@@ -68,11 +68,14 @@ def render(facts: dict[str, Any], *, refresh: int | None = None) -> str:
         "kind": kind,
     }
     environment.tests["accuracy"] = is_accuracy
+    stages = [*facts["stages"], *facts["exports"]]
+    at = next((stage for stage in stages if stage["status"] in ("running", "stopped")), None)
     derived = {
         "refresh": refresh,
         "sections": SECTIONS,
         "headings": SIZES | SPEEDS,
-        "now": _now(facts),
+        "at": at,
+        "now": _now(at) if at else "",
         **_results(facts),
         **_plots(facts),
     }
@@ -123,11 +126,8 @@ def _brief(seconds: Any) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
 
 
-def _now(facts: dict[str, Any]) -> str:
-    """What the run is doing, in a sentence."""
-    at = next((stage for stage in facts["stages"] if stage["status"] in ("running", "stopped")), None)
-    if at is None:
-        return ""
+def _now(at: dict[str, Any]) -> str:
+    """How far the stage is that is at work or was stopped, in a sentence."""
     progress = at["progress"] or {}
     title = progress.get("title", at["name"])
     parts = [] if title == at["name"] else [title]

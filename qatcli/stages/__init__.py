@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -249,13 +250,19 @@ def _identity(stage: Stage, recipe: Recipe, source: StageDirectory | None) -> di
 
 
 def _contents(settings: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str]]:
-    """Where settings name local files, and what is in these: a file that was edited is another input."""
+    """Where settings name local files, whose paths a recipe has made absolute, and what is in these: a file that was
+    edited is another input."""
     for key, value in settings.items():
         if isinstance(value, list | tuple):
             value = dict(enumerate(value))
         if isinstance(value, dict):
             yield from _contents(value, f"{place}{key}.")
-        elif key in NAMING_FILES and isinstance(value, str) and (digest := content_digest(value)):
+        elif (
+            key in NAMING_FILES
+            and isinstance(value, str)
+            and os.path.isabs(value)
+            and (digest := content_digest(value))
+        ):
             yield f"{place}{key}", digest
 
 
@@ -295,7 +302,10 @@ def _fingerprint(stage: StageDirectory | None) -> str | None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device that --device names, by default the GPU if there is one. UsageError when it cannot be used."""
+    """The device that --device names, by default the GPU if there is one. UsageError when it cannot be used.
+
+    It becomes torch's current one, by which libraries and figures of memory go.
+    """
     import torch
 
     try:
@@ -308,6 +318,8 @@ def choose_device(name: str | None) -> torch.device:
         raise UsageError(f"--device {name}: torch sees no CUDA device", hint="use --device cpu, or see `qat doctor`")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: there are {torch.cuda.device_count()}, counted from 0")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qatcli.directory import write_json
+from qatcli.directory import BASELINE, write_json
 from qatcli.evaluation.candidates import Candidate, full_precision, packed, round_to_nearest
 from qatcli.evaluation.measure import measure
 from qatcli.models.source import ModelSource
@@ -17,7 +17,7 @@ from qatcli.sizes import bits_per_weight
 from qatcli.stages import Job, open_model
 
 SAMPLED = ("full_precision", "quantized")
-MADE_BY_STAGES = {"calibrate": "calibrate", "gptq": "gptq/block-ap", "block_ap": "block-ap"}
+MADE_BY_STAGES = {"calibrate": "calibrate", "gptq": BASELINE, "block_ap": "block-ap"}
 """Baseline -> where the run directory has it, if it was made."""
 
 

@@ -9,9 +9,20 @@ from typing import Any
 import pytest
 
 from qatcli import chain
-from qatcli.directory import begin, commit
+from qatcli.directory import BASELINE, CHAIN, StageDirectory, begin, commit
 from qatcli.errors import InputError, ResourceError, UsageError
 from qatcli.recipe import Recipe
+
+METRICS: dict[str, Any] = {"models": {}, "protocol": {}, "size": {"bits_per_weight": 2.5, "bits_per_parameter": 4.0}}
+FACTS: dict[str, Any] = {
+    "stage": "any",
+    "kind": "any",
+    "identity": {},
+    "recipe": {},
+    "metrics": METRICS,
+    "seconds": 1.0,
+    "peak_memory": {},
+}
 
 
 def test_a_chain_whose_last_stages_have_no_room_is_not_begun(
@@ -72,6 +83,33 @@ def test_a_baseline_that_has_no_room_is_said_before_the_training(recipe: Path, m
     with pytest.raises(ResourceError, match="the baseline gptq of the evaluation: too little") as caught:
         chain.run_all(recipe, ["eval.baselines=[gptq]"], **options)
     assert "eval.baselines" in (caught.value.hint or "")
+
+
+def test_an_interrupted_restart_replaces_the_baseline_that_it_did_not_reach(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, made = tmp_path / "run", []
+    for name in (*CHAIN, BASELINE):
+        commit(run / name, begin(run / name, {}, restart=False), FACTS)
+
+    def run_stage(name: str, _recipe: Recipe, run_dir: Path, *, outdated: bool, **_: Any) -> StageDirectory:
+        made.append((str((run_dir / name).relative_to(run)), outdated))
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        return StageDirectory(run_dir / name, FACTS)
+
+    monkeypatch.setattr(chain, "run_stage", run_stage)
+    options: dict[str, Any] = {"run_dir": run, "device": "cpu", "verbosity": -1}
+    with pytest.raises(KeyboardInterrupt):
+        chain.run_all(recipe, ["eval.baselines=[gptq]"], restart=True, **options)
+    made[:] = [("interrupted", False)]
+    chain.run_all(recipe, ["eval.baselines=[gptq]"], restart=False, **options)
+    assert made[1:] == [(name, True) for name in (*CHAIN[:-1], BASELINE, CHAIN[-1])]
+
+
+def test_an_input_may_be_in_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert chain._given_source("~/run/block-ap") == Path("/home/somebody/run/block-ap")
 
 
 @pytest.mark.parametrize("device", ["cudafoo", "cuda:-1", "tpu"])

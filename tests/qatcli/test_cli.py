@@ -357,7 +357,10 @@ def test_a_device_that_is_not_there(
 def test_a_gpu_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert choose_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")], "by which libraries and figures of memory go"
     with pytest.raises(errors.UsageError, match="--device cuda:2: there are 2"):
         choose_device("cuda:2")
 

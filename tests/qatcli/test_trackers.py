@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ class Fake:
     def __init__(self) -> None:
         self.logged: list[tuple[int | None, dict[str, Any]]] = []
         self.state = "new"
+        self.tracker: Any = None
 
     def start(self) -> None:
         self.state = "started"
@@ -50,6 +52,18 @@ def test_which_figures_go_where(kind: str, fields: dict[str, Any], logged: list[
     fake = Fake()
     trackers.Tracker(fake).event(kind, fields)
     assert fake.logged == logged
+
+
+def test_a_counter_of_all_events_is_not_relied_on() -> None:
+    """Weights & Biases drops what comes with a lower step than an event of another kind had."""
+    fake, axes = Fake(), {}
+    fake.tracker = SimpleNamespace(define_metric=lambda names, step_metric: axes.update({names: step_metric}))
+    tracker = trackers.Tracker(fake)
+    for kind, fields in [("progress", {"count": 30, "lr": 0.1}), ("block", {"index": 0, "after": 0.5})]:
+        tracker.event(kind, fields)
+    values = [{"progress/count": 30, "progress/lr": 0.1}, {"block/index": 0, "block/after": 0.5}]
+    assert fake.logged == [(None, each) for each in values]
+    assert axes.items() >= {("progress/*", "progress/count"), ("block/*", "block/index")}
 
 
 def test_a_tracker_is_started_and_finished() -> None:

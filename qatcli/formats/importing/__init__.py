@@ -9,7 +9,6 @@ Left out: activation order (`desc_act` with columns out of order), which our lay
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from qatcli.formats.importing.linears import (
     storage_of,
 )
 from qatcli.formats.source import skeleton
+from qatcli.inputs import read_json
 from qatcli.packed import PackedWriter, QuantizedLinear, companion_files, quantization_config, read_config
 
 DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # buffers that older releases saved
@@ -94,7 +94,7 @@ def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("quantization_config"):
         return dict(config["quantization_config"])
     if beside.is_file():
-        return dict(json.loads(beside.read_text(encoding="utf-8")))
+        return read_json(beside)
     return {}
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qatcli.errors import InputError
 from qatcli.formats import FORMATS, ExportOptions, source
-from qatcli.formats.importing import import_checkpoint
+from qatcli.formats.importing import import_checkpoint, require_importable
 from qatcli.packed import PackedCheckpoint
 
 Packed = Callable[..., PackedCheckpoint]
@@ -137,6 +137,16 @@ def test_imported_checkpoint_can_be_exported(packed: Packed, tmp_path: Path) -> 
     imported = PackedCheckpoint.open(tmp_path / "packed")
     FORMATS["compressed-tensors"].write(imported, tmp_path / "again", OPTIONS)
     assert FORMATS["compressed-tensors"].verify(packed(3), tmp_path / "again", OPTIONS).passed
+
+
+def test_malformed_settings_beside_the_weights_are_refused(packed: Packed, tmp_path: Path) -> None:
+    FORMATS["gptq"].write(packed(4), tmp_path / "export", OPTIONS)
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "export" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "export" / "quantize_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"quantize_config\.json is malformed"):
+        require_importable(tmp_path / "export")
 
 
 def test_columns_out_of_order_are_refused(packed: Packed, tmp_path: Path) -> None:

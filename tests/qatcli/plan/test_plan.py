@@ -13,7 +13,7 @@ import torch
 import qatcli.plan
 from qatcli import machine
 from qatcli.directory import CHAIN
-from qatcli.errors import RecipeError, ResourceError
+from qatcli.errors import InputError, RecipeError, ResourceError
 from qatcli.models.gguf import cache_directory
 from qatcli.plan import GIB, Need, need, require, setting
 from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
@@ -164,6 +164,20 @@ def test_too_little_disk_counts_what_is_there_already(
     out.mkdir(parents=True)
     (out / "model-block-0000.safetensors").write_bytes(bytes(size - size // 2))
     assert check(recipe(), "block-ap", tmp_path) is None
+
+
+def test_what_is_trained_already_does_without_the_full_precision_model(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: Any) -> None:
+        raise InputError("owner/name could not be fetched from the hub")
+
+    monkeypatch.setattr(qatcli.plan, "setting", unreachable)
+    for stage, variant in (("pack", ""), ("export", "gguf")):
+        doubt = require(recipe(), stage, variant, device=CPU, out=tmp_path)
+        assert "could not be fetched" in (doubt or "")
+    with pytest.raises(InputError, match="could not be fetched"):
+        require(recipe(), "e2e-qp", "", device=CPU, out=tmp_path)
 
 
 def test_files_of_streams_need_disk(

@@ -119,6 +119,17 @@ def test_a_stopped_run_says_why(make_run: Run) -> None:
     assert "ResourceError: disk full" in words
 
 
+def test_a_stopped_export_says_why(make_run: Run) -> None:
+    run = make_run()
+    partial = run / "export" / "gguf.partial"
+    partial.mkdir()
+    events = [{"time": 5000, "event": "start"}, {"time": 5001, "event": "stopped", "error": "ResourceError: disk full"}]
+    (partial / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    words = page(run).words
+    assert "Stopped: export/gguf" in words
+    assert "ResourceError: disk full" in words
+
+
 def test_a_run_that_only_began(make_run: Run, tmp_path: Path) -> None:
     partial = tmp_path / "run" / "calibrate.partial"
     partial.mkdir(parents=True)

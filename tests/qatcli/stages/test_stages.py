@@ -78,6 +78,14 @@ def test_exports_are_stored_as_the_model_is(stored: dict[str, str], given: str, 
     assert export_options(section, checkpoint).dtype == written
 
 
+def test_a_folder_named_like_what_the_hub_has_is_no_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4" / "text.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    recipe = build(eval={"perplexity": [{"name": "t", "source": "c4"}]})
+    assert _identity(STAGES["eval"], recipe, None)["content"] == {}
+
+
 def test_a_file_that_was_edited_is_another_input(tmp_path: Path) -> None:
     """Its path is the same: the old result must not be taken for one of the new text, or of the new weights."""
     text, model = tmp_path / "text.jsonl", tmp_path / "model"
