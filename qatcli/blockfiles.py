@@ -6,7 +6,6 @@ configuration, and nothing is rewritten.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from qatcli.packed import (
     ZERO_POINT,
     ModuleQuant,
     QuantizedLinear,
-    companion_files,
+    copy_companions,
     pack_linear,
     quantization_config,
     read_config,
@@ -145,5 +144,4 @@ def finish(directory: Path, model: BlockModel, quant: QuantSection) -> None:
         scale_dtype=torch.float32,
     )
     write_config(directory, config)
-    for file in companion_files(model.source.path):
-        shutil.copyfile(file, directory / file.name)
+    copy_companions(model.source.path, directory)

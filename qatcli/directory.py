@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from qatcli.errors import InputError, UsageError
 from qatcli.finite import finite
-from qatcli.inputs import file_inside, read_json
+from qatcli.inputs import file_inside, read_json, sha256
 from qatcli.interrupts import check, write_in_hand
 
 CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")  # the stages of `qat run`, in this order
@@ -97,7 +97,7 @@ def open_stage(path: Path, *, kinds: tuple[str, ...] = ()) -> StageDirectory:
             f"{path} holds a {facts['kind']}; expected {' or '.join(kinds)}", hint="give another directory with --from"
         )
     for name, expected in facts["files"].items():
-        if _sha256(file_inside(path, name)) != expected:
+        if sha256(file_inside(path, name)) != expected:
             raise InputError(f"{path / name} is damaged: its sha256 is not the one in {STAGE_FILE}", hint=REMAKE)
     return StageDirectory(path, facts)
 
@@ -106,7 +106,7 @@ def foreign_checkpoint(path: Path) -> StageDirectory:
     """A checkpoint directory of another tool as a stage's input. InputError when it is not a directory."""
     if not path.is_dir():
         raise InputError(f"{path} is not a directory")
-    files = {str(file.relative_to(path)): _sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    files = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
     return StageDirectory(path, {"kind": "checkpoint", "identity": {}, "files": files})
 
 
@@ -270,7 +270,7 @@ def commit(path: Path, partial: Path, facts: dict[str, Any]) -> StageDirectory:
     check()
     not_digested = {partial / LOG_FILE, partial / STAGE_FILE, *partial.glob(RESUME_FILES)}
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file not in not_digested)
-    digests = {str(file.relative_to(partial)): _sha256(file) for file in files}
+    digests = {str(file.relative_to(partial)): sha256(file) for file in files}
     facts = json.loads(json.dumps({"format_version": FORMAT_VERSION, **facts, "files": digests}))
     write_json(partial / STAGE_FILE, {**facts, "digest": _digest(facts)})
     for file in [*files, partial / STAGE_FILE]:
@@ -336,11 +336,6 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, 
 def _digest(value: Any) -> str:
     """sha256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

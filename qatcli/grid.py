@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qat_kernels.reference import MAX_SCALE, MIN_SCALE
+
 ZeroPoints = Literal["any", "central", "middle"]
-SCALE_MIN, SCALE_MAX = 1e-4, 1e4
 SHRINK = tuple(1.0 - 0.02 * i for i in range(35))  # fractions of the min-max range that the searches try
 HISTOGRAM_BINS = 2048
 REFINEMENTS = 3  # alternations of least-squares scale and nearest codes after the search
@@ -65,7 +66,7 @@ def search_grid(groups: Tensor, importance: Tensor, *, bits: int, zero_points: Z
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
     for shrink in SHRINK:
         if zero_points == "any":
-            scale = ((high - low) * shrink / qmax).clamp(SCALE_MIN, SCALE_MAX)
+            scale = ((high - low) * shrink / qmax).clamp(MIN_SCALE, MAX_SCALE)
             zero = (qmax / 2 - (high + low) / 2 / scale).round()
         else:
             scale = _balanced_scale(low * shrink, high * shrink, bits)
@@ -79,7 +80,7 @@ def search_grid(groups: Tensor, importance: Tensor, *, bits: int, zero_points: Z
     for _ in range(REFINEMENTS):
         level = _levels(groups, best_scale, best_zero, qmax)
         power = (importance * level * level).sum(-1)
-        scale = ((importance * level * groups).sum(-1) / power.clamp_min(1e-20)).clamp(SCALE_MIN, SCALE_MAX)
+        scale = ((importance * level * groups).sum(-1) / power.clamp_min(1e-20)).clamp(MIN_SCALE, MAX_SCALE)
         error = _error(groups, scale, best_zero, importance, qmax)
         better = (error < best) & (power > 0)
         best, best_scale = torch.where(better, error, best), torch.where(better, scale, best_scale)
@@ -140,14 +141,14 @@ def _range(groups: Tensor, method: str) -> tuple[Tensor, Tensor]:
 
 def _asymmetric(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     qmax = 2**bits - 1
-    scale = ((high - low) / qmax).clamp(SCALE_MIN, SCALE_MAX)
+    scale = ((high - low) / qmax).clamp(MIN_SCALE, MAX_SCALE)
     # The reference leaves zero points of one-sided groups outside [0, qmax] and corrupts its packing; we clamp.
     return scale, (-low / scale).round().clamp(0, qmax)
 
 
 def _balanced_scale(low: Tensor, high: Tensor, bits: int) -> Tensor:
     """Scale of a grid around zero: half of its levels span the larger side of the range."""
-    return (torch.maximum(-low, high) / (2 ** (bits - 1) - 0.5)).clamp(SCALE_MIN, SCALE_MAX)
+    return (torch.maximum(-low, high) / (2 ** (bits - 1) - 0.5)).clamp(MIN_SCALE, MAX_SCALE)
 
 
 def _levels(groups: Tensor, scale: Tensor, zero: Tensor, qmax: int) -> Tensor:

@@ -33,6 +33,12 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def sha256(file: Path) -> str:
+    """Of what is in the file."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
 def content_digest(source: str) -> str | None:
     """sha256, shortened, over names and contents of the local files that a path or pattern names; None without any.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat_kernels import dequantize, fake_quant, prepare, quantize, quantized_matmul
 from qat_kernels.bitstream import words_per_row
+from qat_kernels.reference import MAX_SCALE, MIN_SCALE
 from qatcli.packed import ModuleQuant, QuantizedLinear, unpack_zero_point
 from qatcli.training import active_dtype
 
@@ -46,7 +47,7 @@ class FakeQuantLinear(nn.Module):
     def export(self) -> QuantizedLinear:
         """The canonical form: the codes and the integer zero points that `forward` used."""
         qmax = 2**self.bits - 1
-        scale = self.scale.clamp(1e-4, 1e4)
+        scale = self.scale.clamp(MIN_SCALE, MAX_SCALE)
         return QuantizedLinear(
             codes=quantize(self.weight, self.scale, self.zero_point, bits=self.bits, group_size=self.group_size),
             scale=scale,
@@ -65,13 +66,12 @@ class PackedLinear(nn.Module):
 
     def __init__(self, quant: ModuleQuant, *, bias: bool, scale_dtype: torch.dtype, dtype: torch.dtype) -> None:
         super().__init__()
-        groups = 1 if quant.group_size < 0 else quant.in_features // quant.group_size
         words = words_per_row(quant.in_features, quant.bits)
         self.quant = quant
         self.register_buffer("weight_packed", torch.zeros(quant.out_features, words, dtype=torch.int32))
         zero_words = words_per_row(quant.out_features, quant.bits)
-        self.register_buffer("weight_zero_point", torch.zeros(zero_words, groups, dtype=torch.int32))
-        scale = torch.zeros(quant.out_features, groups, dtype=scale_dtype)
+        self.register_buffer("weight_zero_point", torch.zeros(zero_words, quant.groups, dtype=torch.int32))
+        scale = torch.zeros(quant.out_features, quant.groups, dtype=scale_dtype)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(quant.out_features, dtype=dtype), requires_grad=False) if bias else None
         self._unpacked_zero_point: Tensor | None = None
@@ -89,6 +89,12 @@ class PackedLinear(nn.Module):
                 )
             self._unpacked_zero_point = cached
         return cached
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [N, K] in `dtype`."""
+        packed, q = self.weight_packed, self.quant
+        shape = {"bits": q.bits, "group_size": q.group_size, "in_features": q.in_features}
+        return dequantize(packed, self.weight_scale, self.zero_point, **shape, dtype=dtype)
 
     def _prepared_for(self, x: Tensor) -> Tensor | None:
         """The codes laid out for decoding a few tokens, made at the first such call and never while training."""
@@ -131,21 +137,11 @@ def replace_modules(root: nn.Module, names: list[str], build: Callable[[str, nn.
 @torch.no_grad()
 def dense_linears(root: nn.Module, dtype: torch.dtype) -> None:
     """Put a plain linear with the dequantized weight in `dtype` in the place of every packed one."""
-    packed = [(name, module) for name, module in root.named_modules() if isinstance(module, PackedLinear)]
-    for name, module in packed:
-        parent, _, leaf = name.rpartition(".")
-        quant = module.quant
-        weight = dequantize(
-            module.weight_packed,
-            module.weight_scale,
-            module.zero_point,
-            bits=quant.bits,
-            group_size=quant.group_size,
-            in_features=quant.in_features,
-            dtype=dtype,
-        )
-        linear = nn.Linear(quant.in_features, quant.out_features, bias=module.bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if module.bias is not None:
-            linear.register_parameter("bias", module.bias)
-        setattr(root.get_submodule(parent), leaf, linear)
+
+    def dense(_: str, module: Any) -> nn.Module:
+        linear = nn.Linear(module.quant.in_features, module.quant.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+        linear.bias = module.bias
+        return linear
+
+    replace_modules(root, [name for name, module in root.named_modules() if isinstance(module, PackedLinear)], dense)

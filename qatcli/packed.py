@@ -15,19 +15,19 @@ from shapes or file names. Format reference: docs/checkpoint-format.md.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qat_kernels import dequantize, pack, unpack
 from qatcli.errors import InputError
 from qatcli.inputs import file_inside, read_json
-from qatcli.shards import ShardWriter, read_header, shard_map
+from qatcli.shards import ShardWriter, load_tensors, read_header, shard_map
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "qat"
@@ -49,6 +49,21 @@ class ModuleQuant:
     group_size: int
     in_features: int
     out_features: int
+
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Bits and group size."""
+        return self.bits, self.group_size
+
+    @property
+    def weights(self) -> int:
+        """How many weights the linear has."""
+        return self.in_features * self.out_features
+
+    @property
+    def groups(self) -> int:
+        """Groups of one row."""
+        return 1 if self.group_size < 0 else self.in_features // self.group_size
 
 
 @dataclass(frozen=True)
@@ -174,14 +189,7 @@ class PackedCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor by its name in the file."""
-        file = self.path / self.shards[name]
-        try:
-            with safe_open(file, framework="pt") as handle:
-                return handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{file}: cannot read `{name}`: {error}", hint="the file is damaged; make it again"
-            ) from error
+        return load_tensors(self.path / self.shards[name], [name])[name]
 
     def linear(self, name: str) -> QuantizedLinear:
         """One quantized linear in canonical form."""
@@ -207,10 +215,6 @@ class PackedCheckpoint:
         head = self.tensor(HEAD) if HEAD in dense else None
         others = (self.tensor(name) for name in dense if name != HEAD and ("embed" in name or "wte" in name))
         return head is not None and not any(torch.equal(head, other) for other in others)
-
-    def companion_files(self) -> list[Path]:
-        """Tokenizer and generation files that travel with the model."""
-        return companion_files(self.path)
 
 
 class PackedWriter:
@@ -256,13 +260,11 @@ def _check_shapes(path: Path, modules: Mapping[str, ModuleQuant], shards: Mappin
         if name not in headers[file]:
             raise InputError(f"{path / file} has no tensor {name}", hint="copy or make the checkpoint again")
     for name, quant in modules.items():
-        rows, columns, groups = quant.out_features, quant.in_features, 1
-        if quant.group_size > 0:
-            groups = columns // quant.group_size
+        rows, columns = quant.out_features, quant.in_features
         expected = {
             PACKED: ([rows, -(-columns * quant.bits // 32)], ("I32",)),
-            SCALE: ([rows, groups], ("F16", "BF16", "F32")),
-            ZERO_POINT: ([-(-rows * quant.bits // 32), groups], ("I32",)),
+            SCALE: ([rows, quant.groups], ("F16", "BF16", "F32")),
+            ZERO_POINT: ([-(-rows * quant.bits // 32), quant.groups], ("I32",)),
         }
         for suffix, (shape, types) in expected.items():
             entry = headers[shards[name + suffix]][name + suffix]
@@ -296,3 +298,9 @@ def companion_files(path: Path) -> list[Path]:
     patterns = (*COMPANIONS, CODE) if mapped else COMPANIONS
     names = {file.name for pattern in patterns for file in path.glob(pattern) if file.is_file()}
     return [file_inside(path, name) for name in sorted(names)]
+
+
+def copy_companions(path: Path, out: Path) -> None:
+    """Copy the `companion_files` of a model directory to another."""
+    for file in companion_files(path):
+        shutil.copyfile(file, out / file.name)

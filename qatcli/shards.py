@@ -106,11 +106,11 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         os.replace(temporary, file)
 
 
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file. InputError when it is absent or damaged."""
+def load_tensors(file: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of one safetensors file, all without `names`. InputError when it is absent, damaged or lacks one."""
     try:
         with safe_open(file, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            return {name: handle.get_tensor(name) for name in (handle.keys() if names is None else names)}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} cannot be read: {error}", hint=RESTORE) from error
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from qatcli.directory import write_json
+from qatcli.inputs import sha256
 from qatcli.models.gguf import cache_directory
 
 LIBRARIES = ("torch", "transformers", "tokenizers")
@@ -55,8 +56,7 @@ def files_digest(path: Path) -> str:
     """sha256 over the names and contents of the files of a model directory."""
     digest = hashlib.sha256()
     for file in sorted(file for file in path.iterdir() if file.is_file()):
-        with open(file, "rb") as handle:
-            digest.update(f"{file.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{file.name} {sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

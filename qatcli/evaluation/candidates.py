@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from qat_kernels import quantize
+from qat_kernels import fake_quant
 from qatcli.blockfiles import block_quants
 from qatcli.grid import ZeroPoints, initial_grid
 from qatcli.hf import load_packed
 from qatcli.models.blocks import open_blocks
 from qatcli.models.source import ModelSource, load_tokenizer
-from qatcli.packed import QuantizedLinear
 from qatcli.recipe.schema import QuantSection
 
 
@@ -83,6 +82,4 @@ def packed(
 
 def _rounded(weight: torch.Tensor, bits: int, group_size: int, *, zero_points: ZeroPoints) -> torch.Tensor:
     scale, zero_point = initial_grid(weight, bits=bits, group_size=group_size, zero_points=zero_points, method="minmax")
-    codes = quantize(weight, scale, zero_point, bits=bits, group_size=group_size)
-    linear = QuantizedLinear(codes, scale, zero_point.to(torch.uint8), bits, group_size)
-    return linear.dequantize(weight.dtype)
+    return fake_quant(weight, scale, zero_point, bits=bits, group_size=group_size)

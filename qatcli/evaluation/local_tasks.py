@@ -11,7 +11,6 @@ Prompts, choices and scoring are those of the installed lm-eval, so they cannot 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Any
 
 from qatcli.data.files import Row, read_rows
 from qatcli.errors import InputError
+from qatcli.inputs import sha256
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ def override(name: str, folder: Path) -> dict[str, Any]:
 
 def file_digest(name: str, folder: Path) -> str:
     """sha256 of a task's rows."""
-    with open(folder / LOCAL_TASKS[name].file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return sha256(folder / LOCAL_TASKS[name].file)
 
 
 def _splits(path: Path, task: LocalTask, **_: Any) -> dict[str, Any]:

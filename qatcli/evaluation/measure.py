@@ -28,7 +28,6 @@ from qatcli.errors import InputError
 from qatcli.evaluation.cache import remembered
 from qatcli.evaluation.candidates import Candidate
 from qatcli.evaluation.perplexity import divergence, perplexity
-from qatcli.evaluation.size import model_size
 from qatcli.evaluation.speed import conditions, speed, weight_bytes
 from qatcli.evaluation.zero_shot import Suite, load_suite, run_suite
 from qatcli.finite import finite
@@ -36,6 +35,7 @@ from qatcli.linear import dense_linears
 from qatcli.memory import part_peak
 from qatcli.recipe.schema import EvalSection, PerplexityText
 from qatcli.runlog import RunLog
+from qatcli.sizes import model_size
 from qatcli.training import autocast, compute_dtype
 
 BATCH_TOKENS = 4096  # tokens per forward pass of a perplexity

@@ -21,7 +21,7 @@ def model_card(
 ) -> str:
     """README.md in Markdown with Hugging Face front matter."""
     config = checkpoint.config
-    kinds = Counter((quant.bits, quant.group_size) for quant in checkpoint.modules.values())
+    kinds = Counter(quant.kind for quant in checkpoint.modules.values())
     rows = "\n".join(
         f"| {bits} | {'one per row' if group == -1 else group} | {count} |"
         for (bits, group), count in sorted(kinds.items())

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qatcli.errors import InputError
@@ -25,8 +24,8 @@ from qatcli.formats.contract import Verification
 from qatcli.formats.model_directory import bias_and_dense, model_config
 from qatcli.formats.readback import Triple
 from qatcli.inputs import read_json
-from qatcli.packed import PackedCheckpoint, read_config
-from qatcli.shards import shard_map
+from qatcli.packed import PackedCheckpoint, companion_files, read_config
+from qatcli.shards import load_tensors, shard_map
 
 READER = "qat's independent reader"
 AT_A_TIME = 2**20  # values compared together: decoded, or in double precision, a value takes up to 50 bytes
@@ -46,12 +45,7 @@ class TensorFiles:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor. KeyError when it is not there, InputError when its file is damaged."""
-        file = self.path / self.shards[name]
-        try:
-            with safe_open(file, framework="pt") as handle:
-                return handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: cannot read `{name}`: {error}") from error
+        return load_tensors(self.path / self.shards[name], [name])[name]
 
     def array(self, name: str) -> NDArray[Any]:
         """One tensor as numpy."""
@@ -171,7 +165,7 @@ def compare_directory(
 
 def own_kinds(checkpoint: PackedCheckpoint) -> dict[str, Kind]:
     """Bits and group size of every quantized linear, as the checkpoint has them."""
-    return {name: (quant.bits, quant.group_size) for name, quant in checkpoint.modules.items()}
+    return {name: quant.kind for name, quant in checkpoint.modules.items()}
 
 
 def _kind_differences(
@@ -194,7 +188,7 @@ def _kind(kind: Kind | None) -> str:
 
 def _companion_differences(checkpoint: PackedCheckpoint, out: Path) -> Iterator[str]:
     """Tokenizer and other files that are not what lies beside the checkpoint."""
-    for file in checkpoint.companion_files():
+    for file in companion_files(checkpoint.path):
         copy = out / file.name
         if not copy.is_file():
             yield f"file {file.name} is missing"

@@ -51,7 +51,7 @@ def quantization_config(checkpoint: PackedCheckpoint, *, symmetric: bool) -> dic
     """The quantization_config: one config group per (bits, group size), the most common one for all other linears."""
     kinds: dict[tuple[int, int], list[str]] = defaultdict(list)
     for name, quant in checkpoint.modules.items():
-        kinds[quant.bits, quant.group_size].append(name)
+        kinds[quant.kind].append(name)
     common = source.majority(checkpoint)
     groups = {}
     for number, kind in enumerate(sorted(kinds, key=lambda kind: kind == common)):

@@ -23,7 +23,7 @@ _PYTHON = "python -c \"from transformers import pipeline; print(pipeline('text-g
 def gptq(checkpoint: PackedCheckpoint, *, symmetric: bool) -> list[Deployment]:
     """Rows for GPTQ: version 1 for symmetric models, version 2 otherwise."""
     bits = {quant.bits for quant in checkpoint.modules.values()}
-    kinds = {(quant.bits, quant.group_size) for quant in checkpoint.modules.values()}
+    kinds = {quant.kind for quant in checkpoint.modules.values()}
     rows = [Deployment("GPTQModel", ">= 7", "GPTQModel.load('.')", "3 bits: TorchLinear only" if 3 in bits else "")]
     if len(kinds) == 1:
         rows.append(Deployment("transformers", ">= 5 with optimum and gptqmodel", _PYTHON))
@@ -55,7 +55,7 @@ def where_merged(checkpoint: PackedCheckpoint, rows: list[Deployment]) -> list[D
         parts = next((parts for parts in MERGED.values() if leaf in parts), (leaf,))
         there = [linear for part in parts if _exists(checkpoint, linear := f"{parent}.{part}")]
         found = [checkpoint.modules.get(linear) for linear in there]
-        if len({quant and (quant.bits, quant.group_size) for quant in found}) > 1:
+        if len({quant and quant.kind for quant in found}) > 1:
             remark = f"does not run it: it merges {', '.join(parts)}, which differ in {parent}; export dense"
             kept = [row for row in rows if row.runtime not in _MERGING]
             return [*kept, *(Deployment(runtime, "all", "", remark) for runtime in _MERGING)]
@@ -82,13 +82,14 @@ def native() -> list[Deployment]:
 
 def awq(checkpoint: PackedCheckpoint) -> list[Deployment]:
     """Rows for AWQ, the asymmetric 4-bit format most servers detect by themselves."""
-    return [
+    rows = [
         _in_float16(checkpoint, ">= 0.11.1", "vllm serve . --dtype float16", "Marlin kernels on Ampere and newer"),
         Deployment("SGLang", ">= 0.5.10", _sglang("--dtype float16")),
         Deployment("transformers", ">= 5 with gptqmodel", _PYTHON),
         Deployment("GPTQModel", ">= 7", "GPTQModel.load('.')"),
         Deployment("MLX", "mlx-lm >= 0.30.4", "mlx_lm.generate --model . --prompt Hello", "-s z is rounded to fp16"),
     ]
+    return where_merged(checkpoint, rows)
 
 
 def compressed_tensors(checkpoint: PackedCheckpoint, *, symmetric: bool) -> list[Deployment]:
@@ -102,7 +103,7 @@ def compressed_tensors(checkpoint: PackedCheckpoint, *, symmetric: bool) -> list
         first = "0.25" if symmetric else "0.31"
         rows.append(Deployment("vLLM", f">= {first}", "vllm serve .", f"older releases refuse it; {_HUMMING}"))
         rows.append(Deployment("SGLang", ">= 0.5.21", _sglang("--quantization humming"), _HUMMING))
-    if len({(quant.bits, quant.group_size) for quant in checkpoint.modules.values()}) > 1:
+    if len({quant.kind for quant in checkpoint.modules.values()}) > 1:
         rows.append(Deployment("transformers", "up to 5.23", "", _ONE_KIND))
         return where_merged(checkpoint, rows)
     how = "quantization_config=CompressedTensorsConfig(dequantize=True)"

@@ -100,8 +100,7 @@ def likely_type(quant: ModuleQuant, zero_points: ZeroPoints, wanted: str) -> str
     if wanted in gguf_blocks.TYPES:
         return wanted
     middle = 1 << (quant.bits - 1)
-    groups = 1 if quant.group_size < 0 else quant.in_features // quant.group_size
-    zero_point = np.full((1, groups), {"any": 0, "central": middle - 1, "middle": middle}[zero_points], np.uint8)
+    zero_point = np.full((1, quant.groups), {"any": 0, "central": middle - 1, "middle": middle}[zero_points], np.uint8)
     codes = np.zeros((1, quant.in_features), np.uint8)
     return gguf_blocks.choose_type(codes, zero_point, bits=quant.bits, exact=wanted == "exact")
 
@@ -137,8 +136,7 @@ def _plan(checkpoint: PackedCheckpoint, types: dict[str, str], options: ExportOp
     factors = gguf_model.rope_factors(checkpoint.config)
     if factors is not None:
         yield Planned("rope_freqs.weight", _F32, factors.shape, factors.nbytes, lambda: factors)
-    biases = [name + ".bias" for name in checkpoint.modules if name + ".bias" in checkpoint.shards]
-    for name in biases + source.dense_tensor_names(checkpoint):
+    for name in source.copied_names(checkpoint):
         yield _dense(checkpoint, name, file_name(name), options.gguf_embedding)
 
 

@@ -56,8 +56,7 @@ def compare_file(checkpoint: PackedCheckpoint, file: Path, *, embedding: str) ->
     expected_names: set[str] = set()
     for name in checkpoint.modules:
         expected_names.add(_compare_linear(checkpoint, name, found, tally))
-    biases = [name + ".bias" for name in checkpoint.modules if name + ".bias" in checkpoint.shards]
-    for name in biases + source.dense_tensor_names(checkpoint):
+    for name in source.copied_names(checkpoint):
         target = gguf_name(checkpoint, name)
         expected_names.add(target)
         difference = _dense_difference(checkpoint, name, target, found, embedding)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from qatcli.formats import source
 from qatcli.formats.atomic import atomic_directory
 from qatcli.formats.card import model_card
 from qatcli.formats.contract import Deployment, ExportOptions
-from qatcli.packed import PackedCheckpoint, write_config
+from qatcli.packed import PackedCheckpoint, copy_companions, write_config
 from qatcli.shards import ShardWriter
 
 PackLinear = Callable[[source.Arrays], Mapping[str, NDArray[np.generic] | Tensor]]
@@ -60,7 +59,7 @@ def write_directory(
         write_config(work, model_config(checkpoint, dtype, quantization))
         for file_name, content in (extra_files or {}).items():
             (work / file_name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        copy_companions(checkpoint, work)
+        copy_companions(checkpoint.path, work)
         card = model_card(checkpoint, format_name, deployments)
         (work / "README.md").write_text(card, encoding="utf-8")
 
@@ -74,17 +73,10 @@ def model_config(
     return {**config, "quantization_config": quantization} if quantization else config
 
 
-def copy_companions(checkpoint: PackedCheckpoint, out: Path) -> None:
-    """Copy tokenizer, chat template and generation settings."""
-    for file in checkpoint.companion_files():
-        shutil.copyfile(file, out / file.name)
-
-
 def bias_and_dense(checkpoint: PackedCheckpoint, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
     """Every tensor an export copies, by name, read when called; for the verifier."""
 
     def reader(name: str) -> Callable[[], Tensor]:
         return lambda: source.cast(name, checkpoint.tensor(name), dtype)
 
-    biases = [n + ".bias" for n in checkpoint.modules if n + ".bias" in checkpoint.shards]
-    return {name: reader(name) for name in biases + source.dense_tensor_names(checkpoint)}
+    return {name: reader(name) for name in source.copied_names(checkpoint)}

@@ -101,7 +101,7 @@ def refuse_quantized_head(checkpoint: PackedCheckpoint, format_name: str) -> Non
 
 def majority(checkpoint: PackedCheckpoint) -> tuple[int, int]:
     """The (bits, group_size) most linears have."""
-    return Counter((q.bits, q.group_size) for q in checkpoint.modules.values()).most_common(1)[0][0]
+    return Counter(q.kind for q in checkpoint.modules.values()).most_common(1)[0][0]
 
 
 def dense_linears(checkpoint: PackedCheckpoint) -> list[str]:
@@ -132,6 +132,12 @@ def dense_tensor_names(checkpoint: PackedCheckpoint) -> list[str]:
     """Tensors copied as they are; a head that is tied to the embeddings is left out."""
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
     return [name for name in checkpoint.dense_names() if not (tied and name == HEAD)]
+
+
+def copied_names(checkpoint: PackedCheckpoint) -> list[str]:
+    """All tensors that are no part of a quantized linear's weight: the linears' biases, then `dense_tensor_names`."""
+    biases = [name + ".bias" for name in checkpoint.modules if name + ".bias" in checkpoint.shards]
+    return biases + dense_tensor_names(checkpoint)
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,6 @@ positions are stretched: of `rope.scaling.*` and `rope_freqs.weight` it makes a 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import tempfile
@@ -20,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qatcli.errors import InputError, missing_extra
 from qatcli.gguf_container import Stored, read_container
+from qatcli.inputs import sha256
 from qatcli.models.refusal import refused
 
 LAYOUT = 2  # of the folder: another number makes it anew
@@ -35,9 +35,7 @@ def cache_directory() -> Path:
 
 def converted(file: Path) -> Path:
     """Where the converted form of a GGUF file is kept, whether it was made already or not."""
-    with open(file, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return cache_directory() / f"gguf-{LAYOUT}-{digest[:16]}"
+    return cache_directory() / f"gguf-{LAYOUT}-{sha256(file)[:16]}"
 
 
 def convert(file: Path) -> Path:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
@@ -19,7 +18,7 @@ from qatcli.errors import InputError
 from qatcli.models.gguf import convert
 from qatcli.models.refusal import load_complete, refused
 from qatcli.packed import companion_files, read_config
-from qatcli.shards import TensorEntry, read_header, shard_map
+from qatcli.shards import TensorEntry, load_tensors, read_header, shard_map
 
 FINGERPRINT_BYTES = 1024  # of every tensor
 MOST_LAYERS = 1000
@@ -57,11 +56,7 @@ class ModelSource:
             by_file.setdefault(self.shards[name], []).append(name)
         tensors: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
-            try:
-                with safe_open(self.path / file, framework="pt") as handle:
-                    tensors.update({name: handle.get_tensor(name) for name in wanted})
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{self.path / file} cannot be read: {error}") from error
+            tensors |= load_tensors(self.path / file, wanted)
         return tensors
 
     def load_model(self, dtype: torch.dtype | str, device: torch.device) -> Any:

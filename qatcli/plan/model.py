@@ -149,12 +149,11 @@ class PlannedModel:
 
 def packed_bytes(quant: ModuleQuant, *, scale: int) -> int:
     """Bytes of a quantized linear in a packed checkpoint whose scales have `scale` bytes."""
-    groups = 1 if quant.group_size < 0 else quant.in_features // quant.group_size
     codes = quant.out_features * math.ceil(quant.in_features * quant.bits / 32)
-    zero_points = math.ceil(quant.out_features * quant.bits / 32) * groups
-    return 4 * (codes + zero_points) + scale * quant.out_features * groups
+    zero_points = math.ceil(quant.out_features * quant.bits / 32) * quant.groups
+    return 4 * (codes + zero_points) + scale * quant.out_features * quant.groups
 
 
 def groups_of(quants: Iterable[ModuleQuant]) -> int:
     """Groups, and so scales, of some linears."""
-    return sum(q.out_features * (1 if q.group_size < 0 else q.in_features // q.group_size) for q in quants)
+    return sum(q.out_features * q.groups for q in quants)

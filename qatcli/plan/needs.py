@@ -119,7 +119,7 @@ def calibrate(s: Setting) -> list[Phase]:
     dtype = s.dtype(s.recipe.block_ap.amp)
     inside, beside = s.held("calibrate")
     block = model.block_sizes[model.largest]
-    codes = sum(q.in_features * q.out_features for q in model.quants[model.largest].values())
+    codes = sum(q.weights for q in model.quants[model.largest].values())
     # The search and the error of a linear: four temporaries of its size in fp32.
     rounding = 4 * FP32 * _largest(model) + codes
     forward = model.passes("dense", SWEEP_BATCH, seq_len, dtype, dtype).forward
@@ -301,7 +301,7 @@ def _export_bytes(s: Setting, name: str) -> int:
 
 def _gguf_bytes(s: Setting, quant: ModuleQuant) -> int:
     block = TYPES[likely_type(quant, s.recipe.quant.zero_points, s.recipe.export.gguf_type) or "Q8_0"]
-    return quant.in_features * quant.out_features * block.bytes // block.length
+    return quant.weights * block.bytes // block.length
 
 
 def _text(sources: Sequence[DataSource]) -> Phase:
@@ -332,8 +332,8 @@ def _read(s: Setting, beside: dict[str, int], parameters: int, *, tokenizer: int
 def _largest(model: PlannedModel) -> int:
     """Weights of the largest linear."""
     quants: dict[str, ModuleQuant] = model.linears
-    return max((q.in_features * q.out_features for q in quants.values()), default=0)
+    return max((q.weights for q in quants.values()), default=0)
 
 
 def _quantized(model: PlannedModel) -> int:
-    return sum(q.in_features * q.out_features for q in model.linears.values())
+    return sum(q.weights for q in model.linears.values())

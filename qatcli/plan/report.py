@@ -51,7 +51,7 @@ def make_plan(recipe: Recipe, device: torch.device, run_dir: Path) -> dict[str, 
         "host": machine.host_memory(),
         "disk": machine.disk_space(run_dir),
     }
-    quantized = sum(q.in_features * q.out_features for q in s.model.linears.values())
+    quantized = sum(q.weights for q in s.model.linears.values())
     return {
         "device": str(device),
         "compute": str(s.dtype("auto")).removeprefix("torch."),
@@ -83,7 +83,7 @@ def runtimes(s: Setting) -> dict[str, list[Deployment]]:
         "bitblas": deployment.bitblas(checkpoint, s.recipe.export.bitblas_zeros),
         "native": deployment.native(),
         "gguf": deployment.gguf("model.gguf", gguf_types),
-        "awq": deployment.where_merged(checkpoint, deployment.awq(checkpoint)),
+        "awq": deployment.awq(checkpoint),
         "compressed-tensors": deployment.compressed_tensors(checkpoint, symmetric=symmetric),
         "dense": deployment.dense(),
     }

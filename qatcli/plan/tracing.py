@@ -129,7 +129,7 @@ class TracedFakeQuantLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, quant: ModuleQuant) -> None:
         super().__init__()
-        groups = (quant.out_features, _groups(quant))
+        groups = (quant.out_features, quant.groups)
         self.weight = nn.Parameter(torch.empty(quant.out_features, quant.in_features))
         self.scale, self.zero_point = (nn.Parameter(torch.empty(groups)) for _ in range(2))
         self.bias, self.quant = linear.bias, quant
@@ -144,7 +144,7 @@ class TracedPackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, quant: ModuleQuant) -> None:
         super().__init__()
-        groups = (quant.out_features, _groups(quant))
+        groups = (quant.out_features, quant.groups)
         self.packed = torch.empty(quant.out_features, -(-quant.in_features * quant.bits // 32), dtype=torch.int32)
         self.zero_point = torch.empty(groups, dtype=torch.uint8)
         self.scale = nn.Parameter(torch.empty(groups))
@@ -163,10 +163,6 @@ LINEARS: dict[str, Callable[[nn.Linear, ModuleQuant], nn.Module]] = {
     "fake_quant": TracedFakeQuantLinear,
     "packed": TracedPackedLinear,
 }
-
-
-def _groups(quant: ModuleQuant) -> int:
-    return 1 if quant.group_size < 0 else quant.in_features // quant.group_size
 
 
 def _matrix(packed: Tensor, *_: Tensor, in_features: int, dtype: torch.dtype, **_shape: int) -> Tensor:

@@ -27,7 +27,7 @@ from qatcli.linear import PackedLinear
 from qatcli.losses import token_loss
 from qatcli.memory import release_memory
 from qatcli.models.source import load_tokenizer
-from qatcli.packed import SCALE, PackedCheckpoint, write_config
+from qatcli.packed import SCALE, PackedCheckpoint, copy_companions, write_config
 from qatcli.recipe.schema import E2eQpSection
 from qatcli.shards import INDEX, load_state, load_tensors, save_state, save_tensors
 from qatcli.stages import Job, open_model
@@ -268,6 +268,6 @@ def _write(job: Job, checkpoint: PackedCheckpoint, trained: dict[str, Tensor]) -
     config = copy.deepcopy(checkpoint.config)
     config["quantization_config"]["scale_dtype"] = "float32"
     write_config(job.out, config)
-    for file in [checkpoint.path / INDEX, *checkpoint.companion_files()]:
-        if file.is_file():
-            shutil.copyfile(file, job.out / file.name)
+    copy_companions(checkpoint.path, job.out)
+    if (checkpoint.path / INDEX).is_file():
+        shutil.copyfile(checkpoint.path / INDEX, job.out / INDEX)

@@ -13,7 +13,7 @@ from qatcli.evaluation.candidates import Candidate, full_precision, packed, roun
 from qatcli.evaluation.measure import measure
 from qatcli.models.source import ModelSource
 from qatcli.packed import PackedCheckpoint
-from qatcli.sizes import bits_per_weight
+from qatcli.sizes import packed_size
 from qatcli.stages import Job, open_model
 
 SAMPLED = ("full_precision", "quantized")
@@ -35,7 +35,7 @@ def run(job: Job) -> dict[str, Any]:
         device=job.device,
         log=job.log,
     )
-    metrics["size"] = bits_per_weight(PackedCheckpoint.open(job.input.path))
+    metrics["size"] = packed_size(PackedCheckpoint.open(job.input.path))
     write_json(job.out / "eval.json", metrics)
     return metrics
 

@@ -12,7 +12,7 @@ from qatcli.directory import adopt
 from qatcli.formats.importing import import_checkpoint
 from qatcli.models.refusal import refused
 from qatcli.packed import PackedCheckpoint
-from qatcli.sizes import bits_per_weight
+from qatcli.sizes import packed_size
 from qatcli.stages import Job
 
 
@@ -24,4 +24,4 @@ def run(job: Job) -> dict[str, Any]:
             import_checkpoint(job.input.path, written)
     adopt(written, job.out)
     checkpoint = PackedCheckpoint.open(job.out)
-    return {"linears": len(checkpoint.modules), **bits_per_weight(checkpoint)}
+    return {"linears": len(checkpoint.modules), **packed_size(checkpoint)}

@@ -8,16 +8,15 @@ Codes and zero points are copied bit for bit; only the stored precision of scale
 from __future__ import annotations
 
 import copy
-import shutil
 from typing import Any
 
 import torch
 
 from qatcli.casting import all_finite
 from qatcli.errors import VerificationError
-from qatcli.packed import DTYPE_KEYS, PACKED, SCALE, ZERO_POINT, PackedCheckpoint, write_config
+from qatcli.packed import DTYPE_KEYS, PACKED, SCALE, ZERO_POINT, PackedCheckpoint, copy_companions, write_config
 from qatcli.shards import ShardWriter
-from qatcli.sizes import bits_per_weight
+from qatcli.sizes import packed_size
 from qatcli.stages import Job
 
 
@@ -49,9 +48,8 @@ def run(job: Job) -> dict[str, Any]:
     if job.recipe.pack.dtype != "auto":
         config |= dict.fromkeys(DTYPE_KEYS, job.recipe.pack.dtype)
     write_config(job.out, config)
-    for file in checkpoint.companion_files():
-        shutil.copyfile(file, job.out / file.name)
-    return {"largest_relative_scale_rounding": largest, **bits_per_weight(PackedCheckpoint.open(job.out))}
+    copy_companions(checkpoint.path, job.out)
+    return {"largest_relative_scale_rounding": largest, **packed_size(PackedCheckpoint.open(job.out))}
 
 
 def _dense_dtype(choice: str, config: dict[str, Any]) -> torch.dtype:

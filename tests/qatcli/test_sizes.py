@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qatcli.packed import PackedCheckpoint, PackedWriter, QuantizedLinear, quantization_config
-from qatcli.sizes import bits_per_weight
+from qatcli.sizes import packed_size
 
 ROWS, COLUMNS = 64, 96
 
@@ -38,7 +38,7 @@ def checkpoint(path: Path, *, bits: int, group_size: int, scale_dtype: torch.dty
 def test_bits_per_weight_is_the_formula(tmp_path: Path, bits: int, group_size: int) -> None:
     """Codes b, and for every g weights an fp16 scale and a zero point of b bits: b + (16 + b) / g."""
     size = COLUMNS if group_size < 0 else group_size
-    sizes = bits_per_weight(checkpoint(tmp_path, bits=bits, group_size=group_size))
+    sizes = packed_size(checkpoint(tmp_path, bits=bits, group_size=group_size))
     assert sizes["bits_per_weight"] == pytest.approx(bits + (16 + bits) / size, abs=1e-4)
     weights = 2 * ROWS * COLUMNS
     assert sizes["quantized_weights"] == weights
@@ -51,7 +51,7 @@ def test_bits_per_weight_is_the_formula(tmp_path: Path, bits: int, group_size: i
 
 
 def test_bits_per_parameter_counts_everything(tmp_path: Path) -> None:
-    sizes = bits_per_weight(checkpoint(tmp_path, bits=2, group_size=32))
+    sizes = packed_size(checkpoint(tmp_path, bits=2, group_size=32))
     others = 2 * ROWS + 70
     assert sizes["other_parameters"] == others
     total_bits = 2 * ROWS * COLUMNS * (2 + 18 / 32) + 16 * others
@@ -61,7 +61,7 @@ def test_bits_per_parameter_counts_everything(tmp_path: Path) -> None:
 
 
 def test_scales_count_in_the_dtype_they_are_stored_in(tmp_path: Path) -> None:
-    sizes = bits_per_weight(checkpoint(tmp_path, bits=4, group_size=32, scale_dtype=torch.float32))
+    sizes = packed_size(checkpoint(tmp_path, bits=4, group_size=32, scale_dtype=torch.float32))
     assert sizes["bits_per_weight"] == pytest.approx(4 + (32 + 4) / 32, abs=1e-4)
 
 

@@ -9,7 +9,6 @@ Left out: activation order (`desc_act` with columns out of order), which our lay
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from qatcli.formats.importing.linears import (
 )
 from qatcli.formats.source import skeleton
 from qatcli.inputs import read_json
-from qatcli.packed import PackedWriter, QuantizedLinear, companion_files, quantization_config, read_config
+from qatcli.packed import PackedWriter, QuantizedLinear, copy_companions, quantization_config, read_config
 
 DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # buffers that older releases saved
 
@@ -75,8 +74,7 @@ def import_checkpoint(path: Path, out: Path) -> None:
             scale_dtype=scale_dtype,
         )
         writer.close({**config, "quantization_config": quantization})
-        for file in companion_files(path):
-            shutil.copyfile(file, work / file.name)
+        copy_companions(path, work)
 
 
 def require_importable(path: Path) -> None:

@@ -163,6 +163,6 @@ def _child(task: str, *paths: Path) -> str | None:
 
 
 def _parameters(checkpoint: PackedCheckpoint) -> int:
-    quantized = sum(quant.in_features * quant.out_features for quant in checkpoint.modules.values())
+    quantized = sum(quant.weights for quant in checkpoint.modules.values())
     config = checkpoint.config
     return quantized + 2 * int(config.get("vocab_size", 0)) * int(config.get("hidden_size", 0))

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qat_kernels import dequantize
 from qatcli.formats.runtimes.reference import logits
+from qatcli.linear import PackedLinear
 from qatcli.packed import read_config
 
 
@@ -80,19 +80,7 @@ def transformers_dense(out: Path) -> Loaded:
 
 def transformers_native(out: Path) -> Loaded:
     """transformers with qat's quantizer, which `import qatcli` registered."""
-    return replace(_transformers(out, "qatcli", dtype=torch.float32), weight=_native_weight)
-
-
-def _native_weight(linear: Any) -> Tensor:
-    quant = linear.quant
-    return dequantize(
-        linear.weight_packed,
-        linear.weight_scale,
-        linear.zero_point,
-        bits=quant.bits,
-        group_size=quant.group_size,
-        in_features=quant.in_features,
-    )
+    return replace(_transformers(out, "qatcli", dtype=torch.float32), weight=PackedLinear.dequantize)
 
 
 def transformers_compressed_tensors(out: Path) -> Loaded:

@@ -16,10 +16,9 @@ from qatcli.directory import begin, commit
 from qatcli.errors import InputError
 from qatcli.evaluation import opening
 from qatcli.evaluation.opening import open_candidate
-from qatcli.evaluation.size import model_size, parameter_count
 from qatcli.formats import FORMATS, ExportOptions
 from qatcli.packed import PackedCheckpoint
-from qatcli.sizes import bits_per_weight
+from qatcli.sizes import model_size, packed_size, parameter_count
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(2, 50)[None]
@@ -81,7 +80,7 @@ def test_every_export_is_opened(packed: Path, tmp_path: Path, name: str, loaded_
 
 def test_sizes_agree_with_those_counted_from_tensors(packed: Path) -> None:
     found = model_size(packed, open_candidate(str(packed), CPU).load())
-    counted = bits_per_weight(PackedCheckpoint.open(packed))
+    counted = packed_size(PackedCheckpoint.open(packed))
     assert found["bits_per_weight"] == counted["bits_per_weight"]
     assert found["parameters"] == counted["quantized_weights"] + counted["other_parameters"]
     assert found["bits_per_parameter"] == counted["bits_per_parameter"]
