@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from qatcli import machine
+from qatcli.casting import all_finite
 from qatcli.errors import DivergedError, ResourceError
 from qatcli.models.blocks import BlockModel, run_block
 from qatcli.training import autocast
@@ -204,7 +205,7 @@ def advance_stream(
 
 def check_range(stream: Tensor, name: str) -> None:
     """DivergedError when a full-precision block's outputs left the range of fp16, which nothing later would mend."""
-    if stream.dtype == torch.float16 and not all(bool(torch.isfinite(window).all()) for window in stream):
+    if stream.dtype == torch.float16 and not all_finite(stream):
         raise DivergedError(
             f"{name} of the full-precision model has outputs beyond float16's largest number",
             hint="set block_ap.amp to bfloat16, or to float32 where the device has no bfloat16",

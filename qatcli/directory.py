@@ -26,7 +26,8 @@ from typing import IO, Any
 from qatcli.errors import InputError, UsageError
 from qatcli.finite import finite
 from qatcli.inputs import file_inside, read_json, sha256
-from qatcli.interrupts import check, write_in_hand
+from qatcli.interrupts import raise_if_interrupted, write_in_hand
+from qatcli.writing import WRITING, sync, whole_file
 
 CHAIN = ("calibrate", "block-ap", "e2e-qp", "pack", "eval")  # the stages of `qat run`, in this order
 BASELINE = "gptq/block-ap"  # of an evaluation that compares with it, which makes it
@@ -37,7 +38,6 @@ RESUME_FILES = "resume.*"  # what continuing needs, and a finished stage does no
 LOG_FILE = "log.jsonl"
 EXPECT_FILE = "expect.json"  # of a run directory: figures that the recipe expects, which may change without a restart
 REMAKE = "restore the file, or run the stage again with --restart"
-WRITING = ".writing"  # suffix of a file until it is whole
 PARTIAL = ".partial"  # suffix of a directory until its stage is finished
 REPLACED = ".replaced"  # suffix of a finished one while another takes its place
 FACTS = {"stage": str, "kind": str, "identity": dict, "recipe": dict, "metrics": dict, "files": dict}  # of stage.json
@@ -202,7 +202,7 @@ def begin(path: Path, identity: dict[str, Any], *, restart: bool) -> Path:
 
     InputError names what differs when an interrupted run had another identity and has made something.
     """
-    check()
+    raise_if_interrupted()
     partial = partial_of(path)
     if not restart and (partial / RESUME_FILE).is_file():
         for file in (partial, *partial.rglob("*")):
@@ -267,19 +267,19 @@ def _command(path: Path, identity: dict[str, Any]) -> str:
 
 def commit(path: Path, partial: Path, facts: dict[str, Any]) -> StageDirectory:
     """Write stage.json, fsync everything and rename the partial directory to its final name."""
-    check()
+    raise_if_interrupted()
     not_digested = {partial / LOG_FILE, partial / STAGE_FILE, *partial.glob(RESUME_FILES)}
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file not in not_digested)
     digests = {str(file.relative_to(partial)): sha256(file) for file in files}
     facts = json.loads(json.dumps({"format_version": FORMAT_VERSION, **facts, "files": digests}))
     write_json(partial / STAGE_FILE, {**facts, "digest": _digest(facts)})
     for file in [*files, partial / STAGE_FILE]:
-        _fsync(file)
-    _fsync(partial)
+        sync(file)
+    sync(partial)
     with write_in_hand():
         _rename(partial, path)
         _forget(path)  # not before: hashing and syncing take long, and a kill meanwhile must lose nothing
-        _fsync(path.parent)
+        sync(path.parent)
     return StageDirectory(path, facts)
 
 
@@ -308,14 +308,9 @@ def _discard(path: Path) -> None:
 
 def write_json(file: Path, value: Any) -> None:
     """Write JSON so that the file appears complete or not at all. What is not finite becomes null."""
-    temporary = file.with_name(file.name + WRITING)
-    with write_in_hand():
-        with open(temporary, "w", encoding="utf-8") as handle:
-            json.dump(finite(value), handle, indent=2, allow_nan=False)
-            handle.write("\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
+    with whole_file(file) as temporary, open(temporary, "w", encoding="utf-8") as handle:
+        json.dump(finite(value), handle, indent=2, allow_nan=False)
+        handle.write("\n")
 
 
 def adopt(written: Path, out: Path) -> None:
@@ -336,11 +331,3 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, 
 def _digest(value: Any) -> str:
     """sha256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -36,13 +36,13 @@ def interruptible() -> Iterator[None]:
     global _raising
     _raising = True
     try:
-        check()
+        raise_if_interrupted()
         yield
     finally:
         _raising = False
 
 
-def check() -> None:
+def raise_if_interrupted() -> None:
     """Raise KeyboardInterrupt if a signal has come: where a stage can stop, for one that was dropped on its way."""
     if _raising and _arrived:
         raise KeyboardInterrupt

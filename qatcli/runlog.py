@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from qatcli.finite import finite
-from qatcli.interrupts import check
+from qatcli.interrupts import raise_if_interrupted
 from qatcli.progress import Bar, Every, display, duration
 from qatcli.trackers import Tracker
 
@@ -90,7 +90,7 @@ class RunLog:
             due = Every()
 
             def update(bar: Bar) -> None:
-                check()
+                raise_if_interrupted()
                 show(bar)
                 if due():
                     self.event("progress", **bar.record())

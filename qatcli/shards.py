@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qatcli.errors import InputError, ResourceError
 from qatcli.inputs import file_inside, read_json
-from qatcli.interrupts import write_in_hand
+from qatcli.writing import whole_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -92,18 +92,14 @@ class ShardWriter:
 
 def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write one safetensors file so that it appears complete or not at all. ResourceError when it cannot be written."""
-    temporary = file.with_name(file.name + ".writing")
-    with write_in_hand():
+    with whole_file(file) as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
         except SafetensorError as error:  # what it makes of every OSError, a full disk first of all
             hint = "free disk space, or choose another --run; the same command continues"
             raise ResourceError(f"cannot write {file}: {error}", hint=hint) from error
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
         # The library leaves a file that only its owner may read; a server often runs as somebody else.
         temporary.chmod(file.parent.stat().st_mode & 0o666)
-        os.replace(temporary, file)
 
 
 def load_tensors(file: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Dense bit-packing: value i of a row occupies bits [i * b, (i + 1) * b) of the row's little-endian stream.
 
-The stream is cut into 32-bit words, lowest bits first, and padded with zeros (docs/formats.md, section 1.1): the
+The stream is cut into 32-bit words, lowest bits first, and padded with zeros (docs/export-formats.md): the
 layout of GPTQ along its axis and of compressed-tensors "pack-quantized".
 
 Eight values of b bits are exactly b bytes, whatever b is. Read as one 64-bit integer (a lane), eight uint8 codes

@@ -1,7 +1,7 @@
-"""Every op in plain torch: the definition of correct, and the path taken on CPU.
+"""Every op in plain torch: the definition of correct, and what runs where nothing faster does.
 
 Weights are written W[n, k] = (q[n, k] - z[n, k // g]) * s[n, k // g] with codes q, zero points z and scales s
-(docs/formats.md, section 0). Shape letters: N out_features, K in_features, g group size, G = K / g groups.
+(kernels/README.md). Shape letters: N out_features, K in_features, g group size, G = K / g groups.
 
 On CPU the work is done in blocks of rows that stay in cache, with in-place operations on a few scratch blocks: an
 elementwise chain over a whole weight is bound by memory, not by arithmetic. The functions trust their arguments;
@@ -49,7 +49,7 @@ def fake_quant(
 def fake_quant_backward(
     grad_out: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `fake_quant`, recomputed from its inputs (docs/formats.md, section 6.4).
+    """Gradients of `fake_quant`, recomputed from its inputs (kernels/README.md).
 
     With u = w / s, r = rint(u) and M = 1 where 0 <= r + z <= qmax, else 0:
         dw = grad * M        ds = sum over the group of grad * ((c - z) - M * u)        dz = sum of grad * s * (M - 1)

@@ -1,4 +1,4 @@
-"""Tile sizes that follow from the shape alone. Those worth timing are in `tuning`."""
+"""Tile sizes that follow from the shape alone. Those worth timing are in `candidates`."""
 
 SMALLEST_COLUMNS = 8
 """Fewest columns of a step along a group: 32 bytes of fp32, the unit of a memory access."""

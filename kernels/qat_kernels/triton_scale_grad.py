@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qat_kernels.tiles import next_power_of_two
 from qat_kernels.triton_packing import load_codes
-from qat_kernels.triton_parts import add_parts
+from qat_kernels.triton_parts import add_parts, make_parts
 from qat_kernels.triton_tile import operand
 
 
@@ -37,7 +37,7 @@ def scale_grad(
     width = min(block_k, next_power_of_two(group))
     pieces = triton.cdiv(group, width)
     out = torch.empty(out_features, groups, dtype=torch.float32, device=x.device)
-    parts = out if pieces == 1 else torch.empty(pieces, *out.shape, dtype=torch.float32, device=x.device)
+    parts = make_parts(out, pieces)
     tiles = triton.cdiv(groups, block_k // width)
     with torch.cuda.device_of(x):
         _scale_grad_kernel[(triton.cdiv(out_features, block_n), tiles, pieces)](

@@ -84,11 +84,7 @@ def measure(
     prompts}.
     """
     dtype = compute_dtype("auto", device)
-    zero_shot = config.zero_shot
-    suite = None
-    if zero_shot is not None:  # before any model is loaded: what is missing is missed now
-        data = Path(zero_shot.data) if zero_shot.data else None
-        suite = load_suite(zero_shot.tasks, data=data, limit=zero_shot.limit)
+    suite = _suite(config)  # before any model is loaded: what is missing is missed now
     base = Subject(reference, config) if reference is not None else None
     subjects = [base if base and candidate is reference else Subject(candidate, config) for candidate in candidates]
     settings = config.speed.model_dump() if config.speed else {}
@@ -246,11 +242,16 @@ def _fast(subject: Subject, device: torch.device, dtype: torch.dtype) -> Any:
 
 def check_ahead(config: EvalSection, tokenizer: Any) -> None:
     """InputError for texts and tasks that `measure` will not find, or find too short."""
-    if config.zero_shot is not None:
-        zero_shot = config.zero_shot
-        load_suite(zero_shot.tasks, data=Path(zero_shot.data) if zero_shot.data else None, limit=zero_shot.limit)
+    _suite(config)
     for text in config.perplexity:
         _windows(text, tokenizer)
+
+
+def _suite(config: EvalSection) -> Suite | None:
+    asked = config.zero_shot
+    if asked is None:
+        return None
+    return load_suite(asked.tasks, data=Path(asked.data) if asked.data else None, limit=asked.limit)
 
 
 def _windows(text: PerplexityText, tokenizer: Any) -> Tensor:

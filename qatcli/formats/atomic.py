@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qatcli.errors import InputError, ResourceError
+from qatcli.writing import sync
 
 
 @contextmanager
@@ -28,10 +29,10 @@ def atomic_directory(out: Path, *, resume: bool = False) -> Iterator[Path]:
     try:
         yield work
         for file in sorted(work.rglob("*")):
-            _sync(file)
-        _sync(work)
+            sync(file)
+        sync(work)
         os.replace(work, out)
-        _sync(out.parent)
+        sync(out.parent)
     except BaseException as error:
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
@@ -45,11 +46,3 @@ def _disk_is_full(error: OSError) -> bool:
     if error.errno is None:
         return str(error).startswith("Not enough free space") or "requested and" in str(error)
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

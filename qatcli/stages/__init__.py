@@ -47,9 +47,9 @@ NAMING_FILES = ("source", "file", "data")
 class Stage:
     """One row of the table.
 
-    `module` holds `run`; `after` is the stage whose directory is the default input (None: the recipe's model);
-    `reads` are the kinds it accepts; `keys` are the recipe's sections and keys its result depends on, beside the
-    input's.
+    `module` holds `run`; `after` are the stages whose directory is the default input, the first that is there (none:
+    the recipe's model); `reads` are the kinds it accepts; `keys` are the recipe's sections and keys its result depends
+    on, beside the input's.
     """
 
     module: str

@@ -266,7 +266,7 @@ def test_leftovers_of_a_process_killed_before_it_began_are_removed(tmp_path: Pat
     assert names(begin(tmp_path / "block-ap", IDENTITY, restart=False)) == ["resume.json"]
 
 
-@pytest.mark.parametrize("call", ["write_json", "_sha256", "_fsync"])
+@pytest.mark.parametrize("call", ["write_json", "sha256", "sync"])
 def test_a_process_killed_while_committing_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from qatcli import interrupts
-from qatcli.interrupts import check, interruptible, write_in_hand
+from qatcli.interrupts import interruptible, raise_if_interrupted, write_in_hand
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def test_a_signal_that_a_finalizer_swallowed_is_raised_by_the_next_check(capfd: 
             del struck
             gc.collect()
             passed.append("swallowed")
-            check()
+            raise_if_interrupted()
             passed.append("checked")
 
     with pytest.raises(KeyboardInterrupt):
@@ -117,7 +117,7 @@ def test_a_signal_is_raised_inside_only_and_one_from_before_at_the_beginning() -
     with pytest.raises(KeyboardInterrupt), interruptible():
         pytest.fail("the signal came before")
     signal.raise_signal(signal.SIGTERM)  # after the command: remembered, and nothing else
-    check()
+    raise_if_interrupted()
 
 
 @pytest.mark.usefixtures("installed")
