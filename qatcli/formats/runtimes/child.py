@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,21 +46,20 @@ class Finding:
 Task = Callable[[PackedCheckpoint, Path], tuple[Finding, Loaded | None]]
 
 
-def in_kernels(task: str, checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, Loaded]:
-    """A runtime whose quantized linears are modules: the weights they compute with, and logits."""
+def in_runtime(task: str, checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, Loaded]:
+    """A runtime that loads the export: the weights that it computes with and its tokens, where it has them to show."""
     loaded = LOADERS[task](out)
-    assert loaded.weight is not None
-    finding, modules = Finding(loaded.name), dict(loaded.model.named_modules())
-    with torch.inference_mode():
-        weights = ((name, loaded.weight(modules[name]).float().numpy()) for name in checkpoint.modules)
-        _compare_weights(checkpoint, weights, finding)
+    finding = Finding(loaded.name)
+    if loaded.weight is not None:
+        modules = dict(loaded.model.named_modules())
+        with torch.inference_mode():
+            weights = ((name, loaded.weight(modules[name]).float().numpy()) for name in checkpoint.modules)
+            _compare_weights(checkpoint, weights, finding)
+    if loaded.tokenize is not None:
+        expected, found = load_tokenizer(checkpoint.path)(TEXT)["input_ids"], loaded.tokenize(TEXT)
+        if found != expected:
+            finding.differences.append(f"{task} tokenizes to {found[:12]}..., the tokenizer to {expected[:12]}...")
     return finding, loaded
-
-
-def in_plain(task: str, checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, Loaded]:
-    """A runtime that is asked for logits only."""
-    loaded = LOADERS[task](out)
-    return Finding(loaded.name), loaded
 
 
 def in_compressed_tensors(checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, Loaded | None]:
@@ -96,26 +96,8 @@ def in_gguf(checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, None]:
     return Finding(f"gguf {version('gguf')}", *check_with_gguf_py(checkpoint, out)), None
 
 
-def in_llama_cpp(checkpoint: PackedCheckpoint, out: Path) -> tuple[Finding, Loaded]:
-    """llama.cpp on the CPU: tokens of a fixed text as the checkpoint's own tokenizer gives them, and logits."""
-    loaded = LOADERS["llama.cpp"](out)
-    finding = Finding(loaded.name)
-    expected = load_tokenizer(checkpoint.path)(TEXT)["input_ids"]
-    found = loaded.tokenize(TEXT) if loaded.tokenize else []
-    if found != expected:
-        finding.differences.append(f"llama.cpp tokenizes to {found[:12]}..., the tokenizer to {expected[:12]}...")
-    return finding, loaded
-
-
-TASKS: dict[str, Task] = {
-    "gptqmodel": lambda checkpoint, out: in_kernels("gptqmodel", checkpoint, out),
-    "transformers": lambda checkpoint, out: in_plain("transformers", checkpoint, out),
-    "transformers-dense": lambda checkpoint, out: in_plain("transformers-dense", checkpoint, out),
-    "transformers-native": lambda checkpoint, out: in_kernels("transformers-native", checkpoint, out),
-    "compressed-tensors": in_compressed_tensors,
-    "gguf": in_gguf,
-    "llama.cpp": in_llama_cpp,
-}
+APART: dict[str, Task] = {"compressed-tensors": in_compressed_tensors, "gguf": in_gguf}
+"""Tasks that do more than load, or less; the others are `in_runtime`."""
 
 
 def _compare_weights(
@@ -147,7 +129,7 @@ def main(task: str, checkpoint_path: str, out: str, result: str, windows: str = 
     """Run one task and write its result."""
     torch.manual_seed(0)
     checkpoint = PackedCheckpoint.open(Path(checkpoint_path))
-    finding, loaded = TASKS[task](checkpoint, Path(out))
+    finding, loaded = APART.get(task, partial(in_runtime, task))(checkpoint, Path(out))
     if loaded is not None:
         asked = prompts(checkpoint.config["vocab_size"]).tolist()
         np.save(Path(result).with_suffix(".npy"), np.stack([loaded.logits(ids) for ids in asked]))
