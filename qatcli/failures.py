@@ -8,7 +8,7 @@ import sys
 import tempfile
 import traceback
 
-from qatcli.errors import QatError, ResourceError
+from qatcli.errors import QatError, ResourceError, UsageError
 
 # What a file system says of a write; files to read are checked where they are opened.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -33,6 +33,8 @@ def explain(error: Exception, *, verbose: bool) -> QatError:
         hint = "check its permissions" if denied else "free space or choose another --run directory"
         text = f"cannot {'access' if denied else 'write'}{place}: {os.strerror(error.errno)}"
         return ResourceError(text, hint=f"{hint}; the same command continues")
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # os.getcwd
+        return UsageError("the current directory does not exist any more", hint="change into one that does")
     if "out of memory" in str(error) or "can't allocate memory" in str(error):
         return ResourceError(f"out of memory: {str(error).splitlines()[0]}", hint=SMALLER)
     return _unforeseen(error, verbose)

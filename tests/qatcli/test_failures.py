@@ -40,6 +40,17 @@ def test_lack_of_memory_names_the_knobs(error: Exception) -> None:
     assert "batch_size" in str(found.hint)
 
 
+def test_a_current_directory_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        Path().absolute()
+    found = explain(caught.value, verbose=False)
+    assert (found.exit_code, found.message) == (2, "the current directory does not exist any more")
+
+
 def test_what_nobody_foresaw_leaves_its_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
