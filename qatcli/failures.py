@@ -33,11 +33,20 @@ def explain(error: Exception, *, verbose: bool) -> QatError:
         hint = "check its permissions" if denied else "free space or choose another --run directory"
         text = f"cannot {'access' if denied else 'write'}{place}: {os.strerror(error.errno)}"
         return ResourceError(text, hint=f"{hint}; the same command continues")
-    if isinstance(error, FileNotFoundError) and error.filename is None:  # os.getcwd
+    if isinstance(error, FileNotFoundError) and not _stands_somewhere():
         return UsageError("the current directory does not exist any more", hint="change into one that does")
     if "out of memory" in str(error) or "can't allocate memory" in str(error):
         return ResourceError(f"out of memory: {str(error).splitlines()[0]}", hint=SMALLER)
     return _unforeseen(error, verbose)
+
+
+def _stands_somewhere() -> bool:
+    """Whether there is a current directory."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _unforeseen(error: Exception, verbose: bool) -> QatError:
