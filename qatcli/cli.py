@@ -193,7 +193,7 @@ def run_chain(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run the whole chain, continuing wherever it stopped."""
+    """Run the chain, calibrate to eval, continuing wherever it stopped. `qat export` comes after it."""
     with _reported("run", recipe, verbose=verbose):
         from qatcli.chain import run_all
 
