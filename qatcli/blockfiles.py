@@ -79,7 +79,10 @@ def finished_blocks(directory: Path) -> dict[int, dict[str, Any]]:
 
 def block_events(directory: Path) -> dict[int, dict[str, Any]]:
     """Index -> latest `block` event in the log, those of interrupted runs included."""
-    events = read_log(directory, []).of("block")
+    problems: list[str] = []
+    events = read_log(directory, problems).of("block")
+    if problems and not events:
+        raise InputError(problems[0], hint="move the log away: the blocks are made again")
     return {event["index"]: event for event in events if isinstance(event.get("index"), int)}
 
 

@@ -279,13 +279,13 @@ def _print_tables(log: RunLog, metrics: dict[str, Any]) -> None:
 def _given_source(source: str | None) -> Path | None:
     """The --from directory; `-` reads it from standard input."""
     if source != "-":
-        return None if source is None else Path(source).expanduser()
+        return None if source is None else Path(os.path.expanduser(source))
     line = sys.stdin.readline().strip() if sys.stdin else ""  # None where it is closed
     if not line:
         raise UsageError("--from -: standard input is empty", hint="pipe the previous stage's output into it")
     if line.startswith("{"):
         raise UsageError("--from -: standard input is JSON", hint="leave --json out of the command in front")
-    return Path(line).expanduser()
+    return Path(line)
 
 
 def _begin(

@@ -6,6 +6,7 @@ be taken for an option that was not given.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ def _not_empty(text: str) -> str:
 
 
 def _path(text: str) -> Path:
-    return Path(_not_empty(text)).expanduser()
+    return Path(os.path.expanduser(_not_empty(text)))
 
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, one YAML file.", show_default=False)]

@@ -159,7 +159,10 @@ def _take(handle: IO[str]) -> bool:
 
 
 def at_work(path: Path) -> bool:
-    """Whether a process, on this machine or on another, works on the stage `path`: its lock cannot be shared then."""
+    """Whether a process works on the stage `path`: its lock cannot be shared then.
+
+    On another machine, too, where the file system tells other machines of locks, as `locked` needs as well.
+    """
     try:
         with open(path.with_name(path.name + ".lock"), encoding="utf-8") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -42,18 +42,18 @@ def sha256(file: Path) -> str:
 def content_digest(source: str) -> str | None:
     """sha256, shortened, over names and contents of the local files that a path or pattern names; None without any.
 
-    Of a large file, or of many files, the sizes and pieces that lie evenly apart: what training changes, it changes
-    everywhere. All together have 64 MiB of pieces, or 1 MiB each if that is more.
+    Of files that have more than 64 MiB together the sizes, and pieces that lie evenly apart: what training changes, it
+    changes everywhere. All have 64 MiB of pieces together, or 1 MiB each if that is more.
     """
     path = Path(source)
     found = path.rglob("*") if path.is_dir() else map(Path, [source, *glob.iglob(source, recursive=True)])
     files = sorted({file for file in found if file.is_file()})
     digest = hashlib.sha256()
+    sizes = [file.stat().st_size for file in files]
     most = max(FEWEST_PIECES, PIECES // max(1, len(files)))
-    for file in files:
-        size = file.stat().st_size
+    for file, size in zip(files, sizes, strict=True):
         digest.update(f"{file.name} {size} ".encode())
-        whole = size <= most * PIECE
+        whole = sum(sizes) <= PIECES * PIECE or size <= most * PIECE
         with open(file, "rb") as handle:
             for number in range(-(-size // PIECE) if whole else most):
                 handle.seek(number * PIECE if whole else number * (size - PIECE) // (most - 1))

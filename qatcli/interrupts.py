@@ -2,7 +2,7 @@
 
 A signal becomes a KeyboardInterrupt wherever Python happens to be. In a finalizer, in a callback of the garbage
 collector or in an import that a library guards, the interpreter drops that exception. So the signal is remembered, too,
-and `check` raises it at the next point where a stage can stop.
+and `raise_if_interrupted` raises it at the next point where a stage can stop.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def write_in_hand() -> Iterator[None]:
 
 
 def _unless_remembered(dropped: sys.UnraisableHookArgs) -> None:
-    """Show a traceback for an exception that Python had to drop, but not for the one that `check` will raise."""
+    """Show a traceback for an exception that Python had to drop, but not for one that `raise_if_interrupted` raises."""
     if not issubclass(dropped.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(dropped)
 

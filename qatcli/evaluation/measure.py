@@ -241,7 +241,7 @@ def _fast(subject: Subject, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def check_ahead(config: EvalSection, tokenizer: Any) -> None:
-    """InputError for texts and tasks that `measure` will not find, or find too short."""
+    """InputError for texts and tasks that `measure` will not find, or find too short; the model is not looked at."""
     _suite(config)
     for text in config.perplexity:
         _windows(text, tokenizer)

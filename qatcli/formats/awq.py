@@ -46,7 +46,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
         format_name="awq",
         pack_linear=partial(_pack, group=group),
         quantization=config,
-        deployments=deployment.where_merged(checkpoint, deployment.awq(checkpoint)),
+        deployments=deployment.awq(checkpoint),
         options=options,
     )
 

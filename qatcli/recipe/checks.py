@@ -26,7 +26,7 @@ FORMAT_BITS: Mapping[str, tuple[int, ...]] = {
     "awq": (4,),
     "gguf": (2, 3, 4),
 }
-"""Bits that each export format can carry."""
+"""Bits that each export format can carry, whatever the recipe's options."""
 _AT_A_PRICE = {"awq": ((2, 3), "export.awq_promote"), "gguf": ((8,), "quant.zero_points: middle")}
 """Further bits, and what they need."""
 

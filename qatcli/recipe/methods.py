@@ -85,6 +85,6 @@ def fill(recipe: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def untrained_gptq(recipe: Recipe) -> Recipe:
-    """The recipe of the baseline `gptq`: the same model, grids and text, GPTQ's rounding, nothing trained."""
+    """The recipe of the baseline `gptq`: the same model, bits, groups and text, GPTQ's rounding, nothing trained."""
     untrained = recipe.block_ap.model_copy(update={"epochs": 0, "rounding": "gptq", "lookahead": False})
     return recipe.model_copy(update={"block_ap": untrained})

@@ -36,7 +36,7 @@ def collect(run_dir: Path, *, under_way: bool = False) -> dict[str, Any]:
     logs = {stage["name"]: stage.pop("log") for stage in stages + exports}
     metrics = {stage["name"]: stage.pop("metrics") for stage in stages + exports}
     begun = [stage for stage in stages + exports if stage["status"] != "waiting"]
-    if not begun:
+    if all(stage["name"] == BASELINE for stage in begun):  # of no run: one that is called `gptq`, in this folder
         raise _no_run(run_dir)
     recipe, recipe_digest = _recipe(begun)
     if (run_dir / EXPECT_FILE).exists():
@@ -45,7 +45,8 @@ def collect(run_dir: Path, *, under_way: bool = False) -> dict[str, Any]:
         except InputError as error:
             problems.append(error.message)
     measured = _evaluation(metrics["eval"], logs["eval"])
-    stages = [stage for stage in stages if stage["name"] in CHAIN or stage["status"] != "waiting"]
+    unneeded = ("waiting", "stopped") if stages[-1]["status"] == "finished" else ("waiting",)  # for the evaluation
+    stages = [stage for stage in stages if stage["name"] in CHAIN or stage["status"] not in unneeded]
     return finite(
         {
             "format_version": FORMAT_VERSION,
@@ -203,6 +204,6 @@ def _export_names(run_dir: Path) -> list[str]:
 
 def _no_run(run_dir: Path) -> InputError:
     logs = (Path(folder) for folder, _, files in os.walk(run_dir) if LOG_FILE in files)
-    below = sorted({str(log.parent) for log in logs if stage_of(log) in STAGES})
+    below = sorted({str(log.parent) for log in logs if stage_of(log) in (*CHAIN, "import")})
     hint = f"runs below it: {', '.join(below[:5])}" if below else "start one with `qat run RECIPE`"
     return InputError(f"{run_dir} is not a run directory: it holds no stage", hint=hint)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qatcli.blockfiles import block_file, finished_blocks, load_quantized_block, read_linear, save_block
+from qatcli import events
+from qatcli.blockfiles import block_events, block_file, finished_blocks, load_quantized_block, read_linear, save_block
 from qatcli.directory import LOG_FILE
 from qatcli.errors import InputError
 from qatcli.models.blocks import BlockModel
@@ -69,6 +70,14 @@ def test_what_is_saved_is_what_runs(tmp_path: Path, linear: QuantizedLinear) -> 
     torch.testing.assert_close(block(x), expected(x))
     assert not block.training
     assert all(torch.equal(block.state_dict()[key], value) for key, value in expected.state_dict().items())
+
+
+def test_a_log_that_is_too_large_is_not_one_without_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LOG_FILE).write_text('{"time": 1.0, "event": "block", "index": 0}\n')
+    assert list(block_events(tmp_path)) == [0]
+    monkeypatch.setattr(events, "LIMIT", 10)
+    with pytest.raises(InputError, match="too large"):
+        block_events(tmp_path)
 
 
 def test_a_block_file_is_a_shard_of_a_packed_checkpoint(tmp_path: Path, linear: QuantizedLinear) -> None:

@@ -110,6 +110,7 @@ def test_an_interrupted_restart_replaces_the_baseline_that_it_did_not_reach(
 def test_an_input_may_be_in_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert chain._given_source("~/run/block-ap") == Path("/home/somebody/run/block-ap")
+    assert chain._given_source("~nobody-at-all/run") == Path("~nobody-at-all/run")
 
 
 @pytest.mark.parametrize("device", ["cudafoo", "cuda:-1", "tpu"])

@@ -113,6 +113,12 @@ def test_what_is_in_files_is_told_by_their_names_and_contents(tmp_path: Path, mo
         assert content_digest(str(folder / "b.txt")) != long
     (folder / "a.txt").write_bytes(bytes(range(30)))
     many = content_digest(str(folder))  # two files share the pieces: of the first, 30 bytes, both ends are read
+    assert (folder / "b.txt").stat().st_size + 30 > 4 * 8
     for position, seen in ((0, True), (15, False), (29, True)):
         (folder / "a.txt").write_bytes(bytes(range(position)) + b"!" + bytes(range(position + 1, 30)))
         assert (content_digest(str(folder)) != many) == seen
+    (folder / "a.txt").write_bytes(bytes(range(20)))
+    (folder / "b.txt").write_bytes(b"b")
+    few = content_digest(str(folder))  # both fit into the pieces together
+    (folder / "a.txt").write_bytes(bytes(range(10)) + b"!" + bytes(range(11, 20)))
+    assert content_digest(str(folder)) != few

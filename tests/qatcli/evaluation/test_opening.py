@@ -81,6 +81,8 @@ def test_every_export_is_opened(packed: Path, tmp_path: Path, name: str, loaded_
 def test_sizes_agree_with_those_counted_from_tensors(packed: Path) -> None:
     found = model_size(packed, open_candidate(str(packed), CPU).load())
     counted = packed_size(PackedCheckpoint.open(packed))
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in load_file(packed / "model.safetensors").values())
+    assert sum(counted["bytes"].values()) == stored
     assert found["bits_per_weight"] == counted["bits_per_weight"]
     assert found["parameters"] == counted["quantized_weights"] + counted["other_parameters"]
     assert found["bits_per_parameter"] == counted["bits_per_parameter"]

@@ -122,6 +122,22 @@ def test_the_baseline_of_an_evaluation_is_a_stage_with_a_recipe_of_its_own(make_
     assert facts["recipe"]["block_ap"]["epochs"] == 2
 
 
+def test_a_run_called_gptq_is_no_baseline_of_the_folder_that_it_is_in(make_run: Run, tmp_path: Path) -> None:
+    run = make_run()
+    run.rename(tmp_path / "gptq")
+    with pytest.raises(InputError, match="is not a run directory") as caught:
+        collect(tmp_path)
+    assert str(tmp_path / "gptq") in (caught.value.hint or "")
+
+
+def test_a_baseline_that_the_evaluation_did_without_stops_nothing(make_run: Run) -> None:
+    run = make_run()
+    (run / "gptq" / "block-ap.partial").mkdir(parents=True)
+    facts = collect(run)
+    assert facts["run"]["status"] == "finished"
+    assert "gptq/block-ap" not in {row["name"] for row in facts["stages"]}
+
+
 def test_between_two_stages_the_caller_says_that_the_run_goes_on(make_run: Run) -> None:
     assert collect(make_run(None), under_way=True)["run"]["status"] == "running"
 
