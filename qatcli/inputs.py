@@ -50,10 +50,11 @@ def content_digest(source: str) -> str | None:
     files = sorted({file for file in found if file.is_file()})
     digest = hashlib.sha256()
     sizes = [file.stat().st_size for file in files]
+    all_whole = sum(sizes) <= PIECES * PIECE
     most = max(FEWEST_PIECES, PIECES // max(1, len(files)))
     for file, size in zip(files, sizes, strict=True):
         digest.update(f"{file.name} {size} ".encode())
-        whole = sum(sizes) <= PIECES * PIECE or size <= most * PIECE
+        whole = all_whole or size <= most * PIECE
         with open(file, "rb") as handle:
             for number in range(-(-size // PIECE) if whole else most):
                 handle.seek(number * PIECE if whole else number * (size - PIECE) // (most - 1))
