@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from qatcli.data import begin_windows, c4_windows, evaluation_windows, text_toke
 from qatcli.errors import InputError
 from qatcli.evaluation.cache import remembered
 from qatcli.evaluation.candidates import Candidate
-from qatcli.evaluation.perplexity import divergence, perplexity
+from qatcli.evaluation.perplexity import divergence, perplexity, reference_logits
 from qatcli.evaluation.speed import conditions, speed, weight_bytes
 from qatcli.evaluation.zero_shot import Suite, load_suite, run_suite
 from qatcli.finite import finite
@@ -39,6 +39,7 @@ from qatcli.sizes import model_size
 from qatcli.training import autocast, compute_dtype
 
 BATCH_TOKENS = 4096  # tokens per forward pass of a perplexity
+Expected = Callable[[str], Iterable[Tensor]]  # of a text: full-precision logits of its windows, see `divergence`
 
 
 class Subject:
@@ -79,7 +80,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measure every candidate as `config` says.
 
-    reference: what divergence is from, measured itself if it is among the candidates; None measures no divergence.
+    reference: what divergence is from, measured itself, before the others, if it is among the candidates; None measures
+    no divergence.
     sampled: which candidates continue the prompts. Returns {models, protocol, zero_shot_protocol, speed_protocol,
     prompts}.
     """
@@ -95,8 +97,12 @@ def measure(
         "speed_protocol": conditions(device, **settings) if settings else None,
         "prompts": list(config.prompts),
     }
+    expected: Expected | None = None
     if base is not None:
         _check_tokenizers(subjects, base)
+        subjects.sort(key=lambda subject: subject is not base)
+        if subjects[0] is not base:
+            expected = expected_logits(base, keep=device.type != "cpu", device=device, dtype=dtype)
     for subject in subjects:
         started = time.monotonic()
         log.say(f"eval: {subject.name}")
@@ -107,7 +113,7 @@ def measure(
             _check_context(subject, config, log)
         if subject.candidate.path is not None:
             found["size"] = model_size(subject.candidate.files or subject.candidate.path, subject.model)
-        found |= _quality(subject, base, suite, config, device=device, dtype=dtype, log=log)
+        found |= _quality(subject, expected, suite, config, device=device, dtype=dtype, log=log)
         if config.prompts and sampled(subject.name):
             found["samples"] = [_continue(subject, prompt, config, device, dtype) for prompt in config.prompts]
         found["seconds"] = round(time.monotonic() - started, 2)
@@ -115,7 +121,26 @@ def measure(
         log.event("measured", model=subject.name, perplexity=found["perplexity"])
         if subject is not base:
             subject.release()
+        elif len(subjects) > 1:
+            expected = expected_logits(base, keep=device.type != "cpu", device=device, dtype=dtype)
     return dict(finite(result))
+
+
+def expected_logits(base: Subject, *, keep: bool, device: torch.device, dtype: torch.dtype) -> Expected:
+    """What divergence is from, by the name of a text.
+
+    Computed when it is asked for, or, with `keep`, at once and kept in host memory, and the model is released: where
+    one model fits on a GPU, two of them may not. On a CPU the logits would be in the same memory, and may be larger.
+    """
+
+    def compute(text: str) -> Iterator[Tensor]:
+        return reference_logits(_fast(base, device, dtype), base.windows[text], device=device, dtype=dtype)
+
+    if not keep:
+        return compute
+    kept = {text: [logits.cpu() for logits in compute(text)] for text in base.windows}
+    base.release()
+    return kept.__getitem__
 
 
 def _check_tokenizers(subjects: Sequence[Subject], base: Subject) -> None:
@@ -171,7 +196,7 @@ def _speed(subject: Subject, config: EvalSection, device: torch.device, log: Run
 
 def _quality(
     subject: Subject,
-    base: Subject | None,
+    expected: Expected | None,
     suite: Suite | None,
     config: EvalSection,
     *,
@@ -192,10 +217,8 @@ def _quality(
         digest = hashlib.sha256(windows.long().numpy().tobytes()).hexdigest()
         protocol = {"perplexity": digest, "windows": list(windows.shape)}
         found["perplexity"][name] = kept(protocol, partial(_perplexity, subject, name, windows, device, dtype, log))
-        if base is not None and subject is not base:
-            apart = divergence(
-                _fast(subject, device, dtype), _fast(base, device, dtype), windows, device=device, dtype=dtype
-            )
+        if expected is not None:
+            apart = divergence(_fast(subject, device, dtype), expected(name), windows, device=device, dtype=dtype)
             found["divergence"][name] = asdict(apart)
     if suite is not None and config.zero_shot is not None:
         tokens = config.zero_shot.batch_tokens

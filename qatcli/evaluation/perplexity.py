@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,15 +58,25 @@ def perplexity(
     return math.exp(mean) if mean < 700 else math.inf
 
 
+def reference_logits(model: Any, windows: Tensor, *, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    """What a divergence over int [W, T] is from: the full-precision logits [T, V] of its windows, one at a time."""
+    for window in windows[: divergence_windows(windows.shape[1])]:
+        with torch.no_grad():
+            logits = _logits(model, window[None], device, dtype)[0]
+        yield logits
+
+
 @torch.no_grad()
-def divergence(model: Any, reference: Any, windows: Tensor, *, device: torch.device, dtype: torch.dtype) -> Divergence:
-    """Divergence of `model` from `reference` on the first windows of int [W, T].
+def divergence(
+    model: Any, reference: Iterable[Tensor], windows: Tensor, *, device: torch.device, dtype: torch.dtype
+) -> Divergence:
+    """Divergence of `model` from the logits of `reference_logits`, on any device, on the same int [W, T].
 
     Over the tokens that both know: some tools pad the vocabulary of their checkpoints.
     """
     losses, agreed = [], 0
-    for window in windows[: divergence_windows(windows.shape[1])]:
-        logits = [_logits(each, window[None], device, dtype)[0].float() for each in (model, reference)]
+    for mine, expected in zip(reference_logits(model, windows, device=device, dtype=dtype), reference, strict=True):
+        logits = [each.to(device, torch.float32) for each in (mine, expected)]
         known = min(each.shape[-1] for each in logits)
         ours, theirs = (F.log_softmax(each[..., :known], dim=-1) for each in logits)
         losses.append(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).cpu())

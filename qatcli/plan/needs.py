@@ -17,8 +17,10 @@ from qatcli.activations import AHEAD, SWEEP_BATCH, Place, StreamBudget
 from qatcli.data.corpus import BYTE_LIMIT
 from qatcli.data.sources import local_paths
 from qatcli.evaluation.measure import BATCH_TOKENS
+from qatcli.evaluation.perplexity import divergence_windows
 from qatcli.formats.gguf import likely_type
 from qatcli.formats.layouts.gguf_blocks import TYPES
+from qatcli.formats.runtimes import too_large
 from qatcli.packed import ModuleQuant
 from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
 from qatcli.recipe import DataSource, Recipe
@@ -209,20 +211,19 @@ def pack(s: Setting) -> list[Phase]:
 
 
 def evaluate(s: Setting) -> list[Phase]:
-    """Measure one model after another, beside the full-precision one."""
+    """Measure one model after another, on a CPU beside the full-precision one."""
     config, model = s.recipe.eval, s.model
     dtype = s.dtype("auto")
     # Where it is measured in fp32 all of it is; on a CPU packed linears are unpacked once.
     stored = FP32 if dtype == torch.float32 else model.dtype.itemsize
     full = model.total * stored
     packed = full + _quantized(model) * (dtype.itemsize - stored) if s.on_cpu else pack_bytes(s)
-    rounded = FP32 * model.total if "round_to_nearest" in config.baselines else 0
-    alone = full if "full_precision" in config.baselines and not config.kl else 0
+    dense = full if config.kl or {"full_precision", "round_to_nearest"} & set(config.baselines) else 0
     if not s.on_cpu and (config.speed or config.prompts):  # decoding makes a second copy of the codes (PackedLinear)
         packed += sum(packed_bytes(q, scale=0) for q in model.linears.values())
-    models = {"full precision": full if config.kl else 0, "measured model": max(packed, rounded, alone)}
-    host = {"reading": 0 if s.on_cpu else s.reading(model.total), "tokenizer": TOKENIZER}
-    work = 0
+    models = {"measured model": max(packed, dense), "full precision": full if config.kl and s.on_cpu else 0}
+    host = {"reading": s.reading(model.total) if dense and not s.on_cpu else 0, "tokenizer": TOKENIZER}
+    work = kept = 0
     if config.zero_shot is not None:  # every token of a row has logits at most, and few of them are in fp32 at a time
         row = config.zero_shot.batch_tokens
         forward = model.passes("dense", 1, row, model.dtype, dtype).forward
@@ -236,6 +237,10 @@ def evaluate(s: Setting) -> list[Phase]:
         work = max(work, batch * row * dtype.itemsize + max(forward, 2 * FP32 * row))
         if config.kl:  # both log-probabilities, and their divergence
             work = max(work, 5 * FP32 * row)
+            compared = divergence_windows(text.seq_len)
+            kept += min(compared, text.windows or compared) * row * dtype.itemsize
+    if not s.on_cpu:  # for all models, so that full precision need not be there beside them
+        host["full-precision logits"] = kept
     return [Phase("measuring", models, {"work": work}, host)]
 
 
@@ -248,7 +253,7 @@ def export(s: Setting) -> list[Phase]:
     if verify:
         # The largest tensor, cast from its source and then beside what is in the file; codes, unpacked and read back.
         compared = {"comparing": max(embedding * (2 + max(2, model.dtype.itemsize)), 5 * _largest(model))}
-        dense = FP32 * model.total if s.recipe.export.runtimes else 0
+        dense = FP32 * model.total if s.recipe.export.runtimes and not too_large(model.total) else 0
         phases.append(Phase("comparing", {}, {}, {**compared, "dense model": dense}))
     return phases
 

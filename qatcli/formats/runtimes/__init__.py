@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from qatcli import machine
 from qatcli.formats.contract import RuntimeReport, Verification
 from qatcli.formats.runtimes.reference import Reference, reference
 from qatcli.packed import PackedCheckpoint, read_config
 
 FP16_MAX = 65504.0
-PARAMETERS_AT_MOST = 3e9  # the reference computes in fp32 on the CPU
+_FP32 = 4.4  # bytes of host memory for a parameter of the reference, which computes in fp32 on the CPU
 _SECONDS = 1800
 _INTEGERS = "codes, zero points and scales were compared and are equal"
 
@@ -127,11 +128,19 @@ def obstacle(name: str, checkpoint: PackedCheckpoint, out: Path) -> str | None:
     for module in RUNTIMES[name].imports:
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed, `pip install 'qatcli[{RUNTIMES[name].extra}]'` brings it"
-    if _parameters(checkpoint) > PARAMETERS_AT_MOST:
-        return f"more than {PARAMETERS_AT_MOST:.0e} parameters"
+    if why_not := too_large(_parameters(checkpoint)):
+        return why_not
     if name == "transformers" and _has_overrides(out):
         return "it reads one number of bits and one group size for all linears"
     return None
+
+
+def too_large(parameters: int) -> str | None:
+    """Why a model of so many parameters cannot be computed here as a dense one in fp32, or None."""
+    needed, free = int(_FP32 * parameters), machine.host_memory()
+    if needed <= free:
+        return None
+    return f"in fp32 it takes {needed / 2**30:.0f} GiB of host memory, and {free / 2**30:.0f} are free"
 
 
 def _has_overrides(out: Path) -> bool:

@@ -20,6 +20,8 @@ from qatcli.errors import InputError
 from qatcli.evaluation import cache, measure
 from qatcli.evaluation.candidates import Candidate
 from qatcli.evaluation.compare import compare
+from qatcli.evaluation.opening import open_candidate
+from qatcli.evaluation.perplexity import divergence
 from qatcli.evaluation.tables import tables
 from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear, dense_linears
@@ -303,6 +305,30 @@ def test_fp32_is_fp32_whatever_the_weights_are_stored_in(packed: Path, config: E
     assert {parameter.dtype for parameter in subject.model.parameters()} == {torch.float16, torch.float32}
     model = measure._fast(subject, CPU, torch.float32)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_logits_that_are_kept_are_those_of_the_model_which_is_released(
+    packed: Path, tiny_llama: Path, config: EvalSection
+) -> None:
+    def subject(path: Path) -> measure.Subject:
+        return measure.Subject(open_candidate(str(path), CPU), config)
+
+    how: dict[str, Any] = {"device": CPU, "dtype": torch.float32}
+    base, model = subject(tiny_llama), subject(packed).model
+    computed, kept = (measure.expected_logits(base, keep=keep, **how) for keep in (False, True))
+    assert "model" not in vars(base)
+    first, second = (divergence(model, expected("tiny"), base.windows["tiny"], **how) for expected in (kept, kept))
+    assert first == second == divergence(model, computed("tiny"), base.windows["tiny"], **how)
+    assert first.mean_kl > 0
+    assert first.tokens == 4 * 32
+
+
+def test_the_reference_is_measured_first(packed: Path, tiny_llama: Path, config: EvalSection) -> None:
+    given = [open_candidate(str(path), CPU) for path in (packed, tiny_llama)]
+    found = measure.measure(given, config, reference=given[1], device=CPU, log=QUIET)
+    assert list(found["models"]) == [str(tiny_llama), str(packed)]
+    alone = measure.measure(given[:1], config, reference=given[1], device=CPU, log=QUIET)
+    assert alone["models"][str(packed)]["divergence"] == found["models"][str(packed)]["divergence"] != {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM
 
+from qatcli.evaluation import candidates
 from qatcli.evaluation import perplexity as module
 from qatcli.evaluation.candidates import full_precision, round_to_nearest
-from qatcli.evaluation.perplexity import DIVERGENCE_WINDOWS, divergence, perplexity
+from qatcli.evaluation.perplexity import DIVERGENCE_WINDOWS, Divergence, divergence, perplexity, reference_logits
 from qatcli.models.source import open_source
 from qatcli.recipe import QuantSection
 
@@ -59,8 +61,14 @@ def test_perplexity_under_autocast_is_close(model: Any, windows: Tensor) -> None
     assert rounded == pytest.approx(exact, rel=0.05)
 
 
+def _divergence(model: Any, reference: Any, windows: Tensor) -> Divergence:
+    return divergence(
+        model, reference_logits(reference, windows, device=CPU, dtype=FP32), windows, device=CPU, dtype=FP32
+    )
+
+
 def test_a_model_does_not_diverge_from_itself(model: Any, windows: Tensor) -> None:
-    found = divergence(model, model, windows, device=CPU, dtype=FP32)
+    found = _divergence(model, model, windows)
     assert found.mean_kl == pytest.approx(0, abs=1e-6)
     assert found.kl_99 == pytest.approx(0, abs=1e-6)
     assert found.top1_agreement == 1
@@ -71,7 +79,7 @@ def test_divergence_is_from_full_precision_to_the_model(model: Any, other: Any, 
     with torch.no_grad():
         ours, reference = (m(input_ids=windows.long()).logits.double() for m in (other, model))
     kl = kl_divergence(Categorical(logits=reference), Categorical(logits=ours)).flatten().numpy()
-    found = divergence(other, model, windows, device=CPU, dtype=FP32)
+    found = _divergence(other, model, windows)
     assert found.mean_kl == pytest.approx(kl.mean(), rel=1e-3)
     assert found.kl_99 == pytest.approx(np.quantile(kl, 0.99), rel=1e-3)
     agreement = float((ours.argmax(-1) == reference.argmax(-1)).double().mean())
@@ -82,11 +90,11 @@ def test_divergence_is_from_full_precision_to_the_model(model: Any, other: Any, 
 def test_divergence_is_measured_on_the_first_windows(model: Any, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     many = torch.randint(0, 61, (DIVERGENCE_WINDOWS + 2, 8), dtype=torch.int32)
     monkeypatch.setattr(module, "DIVERGENCE_TOKENS", 64)
-    found = divergence(other, model, many, device=CPU, dtype=FP32)
+    found = _divergence(other, model, many)
     assert found.tokens == DIVERGENCE_WINDOWS * 8
-    assert found == divergence(other, model, many[:DIVERGENCE_WINDOWS], device=CPU, dtype=FP32)
+    assert found == _divergence(other, model, many[:DIVERGENCE_WINDOWS])
     monkeypatch.setattr(module, "DIVERGENCE_TOKENS", 65)
-    assert divergence(other, model, many, device=CPU, dtype=FP32).tokens == 9 * 8
+    assert _divergence(other, model, many).tokens == 9 * 8
 
 
 def test_round_to_nearest_is_the_model_on_min_max_grids(random_llama: Path, model: Any) -> None:
@@ -112,6 +120,21 @@ def test_round_to_nearest_is_the_model_on_min_max_grids(random_llama: Path, mode
     assert torch.equal(full_precision(source, CPU, keep=False).load().lm_head.weight, model.lm_head.weight)
 
 
+def test_round_to_nearest_is_loaded_as_it_is_stored_where_nothing_is_measured_in_fp32(
+    save_random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_random_model("LlamaConfig", dtype=torch.bfloat16)
+    source, quant = open_source(str(folder)), QuantSection(bits=3, group_size=16)
+    monkeypatch.setattr(candidates, "compute_dtype", lambda *_: torch.float32)
+    expected = round_to_nearest(source, quant, CPU).load()
+    monkeypatch.setattr(candidates, "compute_dtype", lambda *_: torch.bfloat16)
+    model = round_to_nearest(source, quant, CPU).load()
+    assert {parameter.dtype for parameter in expected.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter.bfloat16()), name
+
+
 class Certain:
     """A model of `vocabulary` tokens that is sure of the first one."""
 
@@ -133,5 +156,5 @@ def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
 def test_divergence_is_over_the_tokens_that_both_know(sizes: tuple[int, int]) -> None:
     """One of the vocabularies is padded."""
     models = [Certain(size, 2.0) for size in sizes]
-    found = divergence(*models, torch.ones(2, 4, dtype=torch.int32), device=CPU, dtype=FP32)
+    found = _divergence(*models, torch.ones(2, 4, dtype=torch.int32))
     assert found.mean_kl == pytest.approx(0, abs=1e-6)

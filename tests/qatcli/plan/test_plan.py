@@ -14,6 +14,7 @@ import qatcli.plan
 from qatcli import machine
 from qatcli.directory import CHAIN
 from qatcli.errors import InputError, RecipeError, ResourceError
+from qatcli.evaluation.perplexity import divergence_windows
 from qatcli.models.gguf import cache_directory
 from qatcli.plan import GIB, Need, need, require, setting
 from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
@@ -369,6 +370,32 @@ def test_decoding_on_a_gpu_keeps_a_second_copy_of_the_codes(recipe: Callable[...
         (measuring,) = MEMORY["eval"](s)
         sizes.append(measuring.compute["measured model"])
     assert sizes[0] - sizes[1] == sum(packed_bytes(quant, scale=0) for quant in s.model.linears.values())
+
+
+def test_full_precision_is_not_beside_what_a_gpu_measures(recipe: Callable[..., Recipe]) -> None:
+    def measuring(device: torch.device, **section: Any) -> Phase:
+        (phase,) = MEMORY["eval"](setting(recipe(eval={"speed": None, **section}), device, Path("runs")))
+        return phase
+
+    on_cpu, on_gpu = (measuring(device, kl=True) for device in (CPU, GPU))
+    text, model = recipe().eval.perplexity[0], setting(recipe(), GPU, Path("runs")).model
+    assert on_cpu.compute["full precision"] > 0 == on_gpu.compute["full precision"]
+    windows = min(divergence_windows(text.seq_len), text.windows or 10**9)
+    assert on_gpu.host["full-precision logits"] == windows * text.seq_len * model.vocabulary * 2
+    assert on_gpu.host["reading"] > 0
+    none = measuring(GPU, kl=False, baselines=["block_ap"])
+    assert none.host["reading"] == none.host["full-precision logits"] == 0
+
+
+def test_logits_that_are_not_compared_take_no_memory(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = setting(recipe(), CPU, Path("runs"))
+    comparing = [phase.host["dense model"] for phase in MEMORY["export"](s) if phase.name == "comparing"]
+    assert comparing == [4 * s.model.total]
+    monkeypatch.setattr(machine, "host_memory", lambda: 4 * s.model.total)
+    comparing = [phase.host["dense model"] for phase in MEMORY["export"](s) if phase.name == "comparing"]
+    assert comparing == [0]
 
 
 def test_questions_take_memory_for_a_row_of_them_and_for_the_harness(recipe: Callable[..., Recipe]) -> None:
