@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -200,7 +201,9 @@ def train_block(
             stepper.backward(loss)
             total += torch.where(stepper.finish(loss), loss.detach(), 0)
             rate, tokens = stepper.optimizer.param_groups[0]["lr"], inputs[..., 0].numel()
-            progress(f"loss {stepper.loss:.4g}", part=step / schedule.steps, lr=rate, tokens=tokens)
+            # On a GPU the loss of the first update is read during the second.
+            detail = "" if math.isnan(stepper.loss) else f"loss {stepper.loss:.4g}"
+            progress(detail, part=step / schedule.steps, lr=rate, tokens=tokens)
             if stepper.exhausted:
                 break
         stepper.settle()

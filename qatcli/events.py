@@ -57,6 +57,13 @@ class Log:
         return recipe if isinstance(recipe, dict) else {}
 
     @property
+    def versions(self) -> dict[str, Any]:
+        """Of the libraries, in the latest session."""
+        starts = self.of("start")
+        versions = starts[-1].get("versions") if starts else None
+        return versions if isinstance(versions, dict) else {}
+
+    @property
     def error(self) -> str | None:
         """Why the latest session ended early; None when it is at work, done, or was killed."""
         last = self.events[-1] if self.events else {}

@@ -13,8 +13,8 @@ from qatcli.errors import QatError, ResourceError, UsageError
 # What a file system says of a write; files to read are checked where they are opened.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 SMALLER = (
-    "free memory or lower block_ap.cache.host_gb, and the same command continues; or lower the stage's batch_size, "
-    "micro_batch_size or seq_len and begin it again with --restart"
+    "free memory or lower block_ap.cache.host_gb (a GPU's: device_gb), and the same command continues; or lower the "
+    "stage's batch_size, micro_batch_size or seq_len and begin it again with --restart"
 )
 
 

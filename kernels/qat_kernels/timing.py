@@ -39,6 +39,7 @@ def _graph_times(calls: Sequence[Call], repeats: int) -> float:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # what earlier graphs and streams had for themselves, which a capture cannot take
     with torch.cuda.stream(stream):
         graph.capture_begin()  # `torch.cuda.graph` would collect garbage first: a quarter of a second each time
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -21,6 +20,7 @@ import torch
 
 from qatcli.directory import write_json
 from qatcli.inputs import sha256
+from qatcli.machine import device_name
 from qatcli.models.gguf import cache_directory
 
 LIBRARIES = ("torch", "transformers", "tokenizers")
@@ -58,12 +58,3 @@ def files_digest(path: Path) -> str:
     for file in sorted(file for file in path.iterdir() if file.is_file()):
         digest.update(f"{file.name} {sha256(file)}\n".encode())
     return digest.hexdigest()
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

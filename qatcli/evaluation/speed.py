@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatcli.evaluation.cache import device_name
+from qatcli.machine import device_name
 
 
 @torch.no_grad()

@@ -253,7 +253,7 @@ class E2eQpSection(Section):
     """Arithmetic of the model; `auto` is bfloat16 where the hardware has it, else float32. float16 scales its losses.
     Trained parameters are always fp32."""
     checkpoint_every: Count = 16
-    """Optimizer steps between two states from which an interrupted run resumes, and among which `keep_best` chooses."""
+    """Optimizer steps between two states that `keep_best` chooses from; a resume starts there or ten minutes back."""
     keep_best: bool = True
     """Keep the state with the lowest validation loss, the untrained one included."""
 

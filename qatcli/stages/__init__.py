@@ -24,6 +24,7 @@ from qatcli.errors import InputError, UsageError
 from qatcli.events import read_log
 from qatcli.finite import finite
 from qatcli.inputs import content_digest, read_json
+from qatcli.machine import device_name
 from qatcli.memory import peak_memory, start_peak
 from qatcli.recipe import Recipe, digest
 from qatcli.runlog import RunLog, duration
@@ -153,9 +154,14 @@ def require_room(names: Iterable[str], recipe: Recipe, run_dir: Path, device: st
 def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]) -> StageDirectory:
     run = importlib.import_module(f"qatcli.stages.{stage.module}").run
     trackers = open_trackers(job.recipe.track, job.run_dir, f"{name}-{job.variant}" if job.variant else name)
-    earlier = read_log(job.out, []).seconds or 0.0  # of an interrupted run that this one continues
+    before = read_log(job.out, [])  # of an interrupted run that this one continues
+    earlier = before.seconds or 0.0
+    versions = {package: _version(package) for package in VERSIONED}
     with job.log.stage(job.out / directory.LOG_FILE, trackers) as log:
-        log.event("start", stage=name, device=str(job.device), recipe=job.recipe.model_dump(mode="json"))
+        recipe = job.recipe.model_dump(mode="json")
+        log.event("start", stage=name, device=str(job.device), versions=versions, recipe=recipe)
+        if others := [f"{package} {was}" for package, was in before.versions.items() if was != versions.get(package)]:
+            log.warn(f"{name}: begun with {', '.join(others)}: what follows may differ from an uninterrupted run")
         start_peak(job.device)
         started = time.monotonic()
         metrics = finite(run(replace(job, log=log)))
@@ -166,13 +172,13 @@ def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]
         "kind": stage.writes,
         "identity": identity,
         "input": None if job.source is None else str(job.source.path),
-        "recipe": job.recipe.model_dump(mode="json"),
+        "recipe": recipe,
         "recipe_digest": digest(job.recipe),
         "seconds": round(seconds, 3),
         "peak_memory": peak_memory(job.device),
         "device": str(job.device),
-        "machine": f"{platform.machine()} {platform.system()}",
-        "versions": {package: _version(package) for package in VERSIONED},
+        "machine": f"{device_name(job.device)}, {platform.machine()} {platform.system()}",
+        "versions": versions,
         "metrics": metrics,
         "model_fingerprint": metrics.get("model_fingerprint") or _fingerprint(job.source),
     }

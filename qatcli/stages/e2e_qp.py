@@ -3,7 +3,7 @@
 Reads:  quantized (a packed checkpoint with fp32 scales); windows are sampled here, so any packed checkpoint will do.
 Writes: quantized, with new scales (and norms, if the recipe trains them); codes and zero points bit for bit the same.
 The target is a mixture of the text and the full-precision model's next-token distribution, which is computed beside
-the student. An interrupted run continues from the last optimizer checkpoint, bit for bit.
+the student. An interrupted run continues from the last optimizer checkpoint, on a CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from qatcli.stepper import Stepper
 from qatcli.training import Schedule, autocast, compute_dtype, parameter_group, scale_unit
 
 STATE = "resume.safetensors"  # removed once the stage is committed
+SAVE_SECONDS = 600  # an update of a 70B model takes minutes: what an interruption may cost is not counted in them
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class _Trainer:
             stepper.offer(before)
             log.event("validation", step=0, loss=before)
         with log.progress("e2e-qp", steps, done=start) as bar:
-            made = start
+            made, saved = start, time.monotonic()
             for step in range(start, steps):
                 made = step + 1
                 loss = self._update(stepper, step, text, self._batch(step, per_epoch, len(text)))
@@ -119,6 +121,10 @@ class _Trainer:
                     log.event("validation", step=made, loss=held_out)
                     stepper.offer(held_out, always=not config.keep_best and math.isfinite(held_out))
                     self._save(stepper, made, before)
+                    saved = time.monotonic()
+                elif time.monotonic() - saved >= SAVE_SECONDS:
+                    self._save(stepper, made, before)
+                    saved = time.monotonic()
                 detail, group = f"loss {loss:.4f} held-out {stepper.best_loss:.4f}", stepper.optimizer.param_groups[0]
                 bar.advance(detail=detail, lr=group["lr"], tokens=config.batch_size * text.tokens.shape[1])
         if stepper.backoffs:
@@ -154,7 +160,7 @@ class _Trainer:
     def _loss(self, text: Windows, dtype: torch.dtype) -> Tensor:
         """Sum of the loss over the target tokens."""
         device, tokens = self.job.device, text.tokens.long()
-        inputs = {"input_ids": tokens.to(device), "use_cache": False}
+        inputs = {"input_ids": tokens.to(device, non_blocking=True), "use_cache": False}
         target = None
         if self.teacher is not None:
             with torch.no_grad(), autocast(device, self.dtype):

@@ -64,11 +64,10 @@ def test_where_a_code_lies(bits: int, column: int, places: list[tuple[int, int]]
     ],
 )
 def test_prepare_is_for_groups_that_fit_blocks(
-    in_features: int, group_size: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+    in_features: int, group_size: int, fits: bool, triton_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("triton")
     monkeypatch.setenv("QAT_KERNELS", "triton")
-    packed = qat_kernels.pack(torch.zeros(2, in_features, dtype=torch.uint8), bits=2)
+    packed = qat_kernels.pack(torch.zeros(2, in_features, dtype=torch.uint8, device=triton_device), bits=2)
     prepared = qat_kernels.prepare(packed, bits=2, group_size=group_size, in_features=in_features)
     assert (prepared is not None) == fits
 

@@ -31,7 +31,7 @@ FACTS: dict[str, Any] = {
     "digest": "cd" * 32,
     "input": "runs/x/before",
     "device": "cpu",
-    "machine": "x86_64 Linux",
+    "machine": "NVIDIA A100-SXM4-80GB, x86_64 Linux",
     "versions": {"torch": "2.13.0", "triton": None},
     "files": {"a": "0"},
 }

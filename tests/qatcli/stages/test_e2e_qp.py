@@ -260,6 +260,33 @@ def test_a_resumed_run_draws_the_numbers_of_an_uninterrupted_one(
     assert any(not torch.equal(without[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("seconds", [0, 600])
+def test_an_interruption_costs_no_more_than_some_minutes(
+    stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    """However many updates lie between two validations: a state is as good as one of these."""
+    whole, cut = stage("whole", checkpoint_every=100), stage("cut", checkpoint_every=100)
+    steps = run(whole)["steps"]
+    assert steps > 3
+    update, made = e2e_qp._Trainer._update, list[int]()
+
+    def counted(trainer: Any, stepper: Any, step: int, *rest: Any) -> float:
+        made.append(step)
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return update(trainer, stepper, step, *rest)
+
+    monkeypatch.setattr(e2e_qp, "SAVE_SECONDS", seconds)
+    monkeypatch.setattr(e2e_qp._Trainer, "_update", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(cut)
+    run(cut)
+    again = 3 if seconds == 0 else 0
+    assert made == [0, 1, 2, 3, *range(again, steps)]
+    expected, found = (all_tensors(job.out) for job in (whole, cut))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_model_that_is_not_finite_is_refused(stage: Callable[..., Job]) -> None:
     job = stage(epochs=4)
     tensors = all_tensors(job.input.path)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from qatcli.directory import StageDirectory, begin, commit
+from qatcli.directory import LOG_FILE, StageDirectory, begin, commit
 from qatcli.errors import InputError
+from qatcli.events import read_log
+from qatcli.machine import device_name
 from qatcli.packed import PackedCheckpoint
 from qatcli.recipe import Recipe
-from qatcli.stages import STAGES, _identity, _open_input, _refuse_another_recipe
+from qatcli.runlog import RunLog
+from qatcli.stages import STAGES, Job, Stage, _identity, _open_input, _refuse_another_recipe, _run
 from qatcli.stages.export import export_options
 
 
@@ -113,6 +119,23 @@ def test_a_file_that_was_edited_is_another_input(tmp_path: Path) -> None:
     (model / "model.safetensors").write_text("Weights")
     for name, found in contents().items():
         assert {place for place, digest in found.items() if digest != before[name][place]} == read[name]
+
+
+def test_a_stage_that_goes_on_with_other_libraries_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "qatcli.stages.fake", SimpleNamespace(run=lambda job: {}))  # type: ignore[arg-type]
+    path = tmp_path / "pack"
+    job = Job(build(), None, begin(path, {}, restart=False), tmp_path, RunLog(), torch.device("cpu"))
+    (job.out / "file").touch()
+    (job.out / LOG_FILE).write_text('{"time": 1, "event": "start", "versions": {"torch": "1.0"}}\n')
+    facts = _run("pack", Stage("fake", (), (), "packed", ()), job, path, {}).facts
+    assert "pack: begun with torch 1.0: what follows may differ" in capsys.readouterr().err
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["machine"].startswith(device_name(job.device))
+    log = read_log(path, [])
+    assert log.versions == facts["versions"]
+    assert len(log.warnings) == 1
 
 
 def finish(run_dir: Path, stage: str, given: StageDirectory | None) -> StageDirectory:
