@@ -39,6 +39,11 @@ class Windows:
         found = (self.inputs, self.targets)
         return found if self.following is None else (*found, self.following)
 
+    def of_next_block(self) -> Windows:
+        """What the next block is to give, in the place of what this one was; `inputs` and `following` are yet to be."""
+        assert self.following is not None
+        return Windows(self.inputs, self.following, self.targets)
+
 
 @dataclass
 class BlockResult:

@@ -14,7 +14,7 @@ from typing import Any
 
 from qatcli import report
 from qatcli.directory import BASELINE, CHAIN, EXPECT_FILE, StageDirectory, open_stage, recorded_digest, write_json
-from qatcli.errors import InputError, ResourceError, UsageError
+from qatcli.errors import InputError, RecipeError, ResourceError, UsageError
 from qatcli.evaluation.options import ModelOptions, is_recipe, section
 from qatcli.expectations import check
 from qatcli.inputs import read_json
@@ -164,10 +164,18 @@ def run_all(
 
 
 def _look_ahead(recipe: Recipe, run_dir: Path, device: str | None) -> None:
-    """InputError or ResourceError for what the evaluation lacks: said before the hours of training."""
+    """QatError for what the evaluation lacks, or a format that cannot hold the model: said before the hours of
+    training."""
     from qatcli.evaluation.measure import check_ahead
     from qatcli.models.source import open_source
+    from qatcli.plan import setting
+    from qatcli.plan.report import refusal
 
+    s = setting(recipe, choose_device(device), run_dir)
+    for name in recipe.export.formats:
+        if why := refusal(name, s):
+            hint = f"take {name} out of export.formats, or {why.hint}"
+            raise RecipeError(f"export.formats: {name} will be refused: {why.message}", hint=hint) from why
     if "gptq" in recipe.eval.baselines:
         try:
             require_room(["block-ap"], untrained_gptq(recipe), (run_dir / BASELINE).parent, device)

@@ -15,13 +15,14 @@ from qatcli.errors import missing_extra
 STEPS = {"step": "step", "validation": "step", "block": "index", "progress": "count"}
 """Kind of event -> the field that places it on the x axis."""
 PROJECT = "qat"
+PLAIN = (bool, int, float, str)  # what a tracker takes for a setting
 
 
 class Tracker:
     """One of Accelerate's trackers, fed with the events of one stage."""
 
     def __init__(self, tracker: Any) -> None:
-        self._tracker = tracker
+        self._tracker, self._failed = tracker, False
         tracker.start()
         # Weights & Biases counts the steps of all kinds of events together, and drops those that fall behind
         self._counts_together = hasattr(tracker.tracker, "define_metric")
@@ -30,8 +31,13 @@ class Tracker:
                 tracker.tracker.define_metric(f"{kind}/*", step_metric=f"{kind}/{axis}")
 
     def event(self, kind: str, fields: dict[str, Any]) -> None:
-        """Send an event's figures: those of one step, or the metrics of a finished stage."""
-        if kind == "done":
+        """Send an event's figures: those of one step, or the metrics of a finished stage; at its start the recipe."""
+        if kind == "start":
+            recipe = _flat(fields.get("recipe") or {}, "")
+            self._tracker.store_init_configuration({name: v if isinstance(v, PLAIN) else str(v) for name, v in recipe})
+        elif kind == "stopped":
+            self._failed = True
+        elif kind == "done":
             values = dict(_numbers(fields.get("metrics") or {}, ""))
             if values:
                 self._tracker.log(values)
@@ -45,8 +51,11 @@ class Tracker:
                 self._tracker.log(values, step=step)
 
     def finish(self) -> None:
-        """Flush and close."""
-        self._tracker.finish()
+        """Flush and close; Weights & Biases tells runs that failed from others."""
+        if self._failed and self._counts_together:
+            self._tracker.tracker.finish(exit_code=1)
+        else:
+            self._tracker.finish()
 
 
 def open_trackers(names: Sequence[str], run_dir: Path, stage: str) -> list[Tracker]:
@@ -72,8 +81,13 @@ def open_trackers(names: Sequence[str], run_dir: Path, stage: str) -> list[Track
 
 def _numbers(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     """Every number in nested mappings, by its path."""
+    return ((name, v) for name, v in _flat(values, prefix) if isinstance(v, int | float) and not isinstance(v, bool))
+
+
+def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every value in nested mappings, by its path."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
             yield f"{prefix}{name}", value

@@ -80,8 +80,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure every candidate as `config` says.
 
-    reference: what divergence is from, measured itself, before the others, if it is among the candidates; None measures
-    no divergence.
+    reference: what divergence is from, measured first if it is among the candidates; None measures no divergence.
     sampled: which candidates continue the prompts. Returns {models, protocol, zero_shot_protocol, speed_protocol,
     prompts}.
     """
@@ -102,7 +101,7 @@ def measure(
         _check_tokenizers(subjects, base)
         subjects.sort(key=lambda subject: subject is not base)
         if subjects[0] is not base:
-            expected = expected_logits(base, keep=device.type != "cpu", device=device, dtype=dtype)
+            expected = expected_logits(base, device, dtype)
     for subject in subjects:
         started = time.monotonic()
         log.say(f"eval: {subject.name}")
@@ -122,21 +121,21 @@ def measure(
         if subject is not base:
             subject.release()
         elif len(subjects) > 1:
-            expected = expected_logits(base, keep=device.type != "cpu", device=device, dtype=dtype)
+            expected = expected_logits(base, device, dtype)
     return dict(finite(result))
 
 
-def expected_logits(base: Subject, *, keep: bool, device: torch.device, dtype: torch.dtype) -> Expected:
+def expected_logits(base: Subject, device: torch.device, dtype: torch.dtype, *, keep: bool | None = None) -> Expected:
     """What divergence is from, by the name of a text.
 
     Computed when it is asked for, or, with `keep`, at once and kept in host memory, and the model is released: where
-    one model fits on a GPU, two of them may not. On a CPU the logits would be in the same memory, and may be larger.
+    one model fits on a GPU, two of them may not. By default not on a CPU, whose memory they would be in as well.
     """
 
     def compute(text: str) -> Iterator[Tensor]:
         return reference_logits(_fast(base, device, dtype), base.windows[text], device=device, dtype=dtype)
 
-    if not keep:
+    if not (device.type != "cpu" if keep is None else keep):
         return compute
     kept = {text: [logits.cpu() for logits in compute(text)] for text in base.windows}
     base.release()

@@ -18,11 +18,9 @@ from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.gptq import refuse_sizes
 from qatcli.formats.layouts import awq as layout
 from qatcli.formats.model_directory import write_directory
-from qatcli.formats.runtimes import verify_in
 from qatcli.packed import PackedCheckpoint
 
 BITS = (2, 3, 4)
-RUNTIMES = ("gptqmodel", "transformers")
 GROUPS = (128, 64, 32)  # what the kernels of all servers take
 _PROMOTE = "export with awq_promote, which stores them in 4 bits, or export compressed-tensors"
 
@@ -51,14 +49,14 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
     )
 
 
-def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
-    """Read the nibbles back and compare, then load it in GPTQModel and transformers where installed."""
+def compare(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
+    """Read the nibbles back and compare."""
     group = group_size(checkpoint, promote=options.awq_promote)
 
     def expected(name: str) -> source.Arrays:
         return _expand(source.arrays(checkpoint, name), group)
 
-    found = compare_directory(
+    return compare_directory(
         checkpoint,
         out,
         "awq",
@@ -68,7 +66,6 @@ def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> V
         kinds=dict.fromkeys(checkpoint.modules, (4, group)),
         expected=expected,
     )
-    return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 
 def refuse(checkpoint: PackedCheckpoint, options: ExportOptions) -> None:

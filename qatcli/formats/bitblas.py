@@ -19,7 +19,6 @@ from qatcli.formats.model_directory import write_directory
 from qatcli.packed import PackedCheckpoint
 
 BITS = (2, 3, 4, 8)
-RUNTIMES: tuple[str, ...] = ()  # its kernel needs CUDA
 GROUPS = (-1, 32, 64, 128)
 _CONTAINERS = {bits: layout.container_bits(bits) for bits in BITS}
 _NOTE = "not run in GPTQModel: its BitBLAS kernel needs CUDA; the integers were compared"
@@ -42,7 +41,7 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
     )
 
 
-def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
+def compare(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
     """Undo interleave and compression with the independent reader and compare the integers."""
     found = compare_directory(
         checkpoint,

@@ -19,11 +19,8 @@ from qatcli.formats.compare import Kind, Settings, TensorFiles, compare_director
 from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.layouts import compressed_tensors as layout
 from qatcli.formats.model_directory import write_directory
-from qatcli.formats.runtimes import verify_in
 from qatcli.packed import PackedCheckpoint
 
-BITS = (2, 3, 4, 8)
-RUNTIMES = ("compressed-tensors",)
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -41,10 +38,9 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
     )
 
 
-def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
-    """Compare the integers, then let compressed-tensors decompress the directory where it is installed."""
-    found = compare_directory(checkpoint, out, "compressed-tensors", _read, _declared, suffixes=SUFFIXES)
-    return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
+def compare(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
+    """Compare the integers."""
+    return compare_directory(checkpoint, out, "compressed-tensors", _read, _declared, suffixes=SUFFIXES)
 
 
 def quantization_config(checkpoint: PackedCheckpoint, *, symmetric: bool) -> dict[str, Any]:

@@ -103,25 +103,8 @@ class Deployment:
 
 
 Write = Callable[[PackedCheckpoint, Path, ExportOptions], None]
-Verify = Callable[[PackedCheckpoint, Path, ExportOptions], Verification]
+Compare = Callable[[PackedCheckpoint, Path, ExportOptions], Verification]
 Refuse = Callable[[PackedCheckpoint, ExportOptions], None]
-
-
-@dataclass(frozen=True)
-class Format:
-    """One export format.
-
-    `write` makes the directory `out` or nothing; `verify` re-reads it with other code and asks `runtimes`, keys of
-    `qatcli.formats.runtimes.RUNTIMES`, where they are installed. `refuse` raises QatError for what `write` would refuse
-    whatever the values: it asks for the config and for bits and sizes of the linears. None: any of its bits will do.
-    """
-
-    name: str
-    bits: tuple[int, ...]
-    write: Write
-    verify: Verify
-    runtimes: tuple[str, ...]
-    refuse: Refuse | None = None
 
 
 def require_passed(verification: Verification) -> None:

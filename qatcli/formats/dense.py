@@ -16,11 +16,7 @@ from qatcli.formats import deployment, readback, source
 from qatcli.formats.compare import Kind, Settings, TensorFiles, compare_directory, parts_of
 from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.model_directory import write_directory
-from qatcli.formats.runtimes import verify_in
 from qatcli.packed import PackedCheckpoint
-
-BITS = (2, 3, 4, 8)
-RUNTIMES = ("transformers-dense",)
 
 
 def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> None:
@@ -39,12 +35,11 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
     )
 
 
-def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
-    """Recover the codes by division, compare every weight bit for bit, and run the directory in transformers."""
+def compare(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
+    """Recover the codes by division and compare every weight bit for bit."""
     dtype = getattr(torch, options.dtype)
     read = partial(_read, checkpoint, dtype)
-    found = compare_directory(checkpoint, out, "dense", read, _declared, suffixes=("weight",), kinds={}, dtype=dtype)
-    return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
+    return compare_directory(checkpoint, out, "dense", read, _declared, suffixes=("weight",), kinds={}, dtype=dtype)
 
 
 def _weight(linear: source.Arrays, *, dtype: torch.dtype) -> dict[str, Tensor]:

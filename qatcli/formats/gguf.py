@@ -26,12 +26,9 @@ from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.gguf_compare import compare_file
 from qatcli.formats.gguf_tokenizer import add_tokenizer
 from qatcli.formats.layouts import gguf_blocks
-from qatcli.formats.runtimes import verify_in
 from qatcli.grid import ZeroPoints
 from qatcli.packed import ModuleQuant, PackedCheckpoint
 
-BITS = (2, 3, 4)
-RUNTIMES = ("gguf", "llama.cpp")
 FILE = "model.gguf"
 # ggml file types (llama.cpp's llama_ftype), by the block type most linears have.
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q2_K": 10, "Q4_K": 15, "Q2_0": 41}
@@ -78,14 +75,14 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
         (work / "README.md").write_text(model_card(checkpoint, "gguf", rows, others=others), encoding="utf-8")
 
 
-def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
-    """Parse the file with our own reader and compare integers; then gguf-py and llama.cpp where installed."""
+def compare(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
+    """Parse the file with our own reader and compare integers."""
     checkpoint = gguf_model.with_defaults(checkpoint)
     found = compare_file(checkpoint, out / FILE, embedding=options.gguf_embedding)
     longest, limit = checkpoint.config["max_position_embeddings"], gguf_model.context_length(checkpoint.config)
     if limit < longest:
         found = found.with_note(f"context limited to {limit} of {longest}: llama.cpp has no sliding window here")
-    return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
+    return found
 
 
 def refuse(checkpoint: PackedCheckpoint, _options: ExportOptions) -> None:

@@ -23,11 +23,8 @@ from qatcli.formats.compare import Kind, Settings, TensorFiles, compare_director
 from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.layouts import gptq as layout
 from qatcli.formats.model_directory import write_directory
-from qatcli.formats.runtimes import verify_in
 from qatcli.packed import PackedCheckpoint
 
-BITS = (2, 3, 4, 8)
-RUNTIMES = ("gptqmodel", "transformers")
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)  # GPTQModel's, the one kernel that takes every number of bits
 
@@ -49,12 +46,11 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
     )
 
 
-def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
-    """Read the integers back as the directory's own config says they are stored, then load it where installed."""
-    found = compare_directory(
+def compare(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
+    """Read the integers back as the directory's own config says they are stored."""
+    return compare_directory(
         checkpoint, out, "gptq", _read, declared, suffixes=SUFFIXES, settings_beside="quantize_config.json"
     )
-    return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
 
 
 def refuse(checkpoint: PackedCheckpoint, _options: ExportOptions) -> None:

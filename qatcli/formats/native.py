@@ -16,11 +16,8 @@ from qatcli.formats.compare import Kind, Settings, TensorFiles, compare_director
 from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.layouts import compressed_tensors as layout
 from qatcli.formats.model_directory import write_directory
-from qatcli.formats.runtimes import verify_in
 from qatcli.packed import QUANT_METHOD, PackedCheckpoint
 
-BITS = (2, 3, 4, 8)
-RUNTIMES = ("transformers-native",)
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point")
 
 
@@ -39,11 +36,10 @@ def write(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> No
     )
 
 
-def verify(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
-    """Compare the integers and every other tensor, then load it through plain transformers."""
+def compare(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> Verification:
+    """Compare the integers and every other tensor."""
     dtype = getattr(torch, options.dtype)
-    found = compare_directory(checkpoint, out, "native", _read, _declared, suffixes=SUFFIXES, dtype=dtype)
-    return verify_in(found, RUNTIMES, checkpoint, out) if options.runtimes else found
+    return compare_directory(checkpoint, out, "native", _read, _declared, suffixes=SUFFIXES, dtype=dtype)
 
 
 def _pack(linear: source.Arrays) -> layout.Arrays:

@@ -13,7 +13,7 @@ from rich.table import Table
 from qatcli import machine
 from qatcli.directory import CHAIN
 from qatcli.errors import QatError
-from qatcli.formats import FORMATS, ExportOptions, Format, deployment
+from qatcli.formats import FORMATS, ExportOptions, deployment
 from qatcli.formats.contract import Deployment
 from qatcli.formats.gguf import likely_type
 from qatcli.packed import PackedCheckpoint
@@ -69,12 +69,13 @@ def make_plan(recipe: Recipe, device: torch.device, run_dir: Path) -> dict[str, 
         "short_of": _short_of(needs, free, bytes_in(run_dir)),
         "rates": asdict(rates) if rates else None,
         "runtimes": {name: [asdict(row) for row in rows] for name, rows in runtimes(s).items()},
+        "refused": {name: why.message for name in recipe.export.formats if (why := refusal(name, s)) is not None},
     }
 
 
 def runtimes(s: Setting) -> dict[str, list[Deployment]]:
     """Format -> who runs it, for every format that carries linears of these bits, sizes and groups."""
-    checkpoint = PackedCheckpoint(Path(), s.model.config.to_dict(), s.model.linears, dict.fromkeys(s.model.names, ""))
+    checkpoint = _packed(s)
     zero_points, wanted = s.recipe.quant.zero_points, s.recipe.export.gguf_type
     symmetric = zero_points == "middle"
     gguf_types = {str(likely_type(quant, zero_points, wanted)) for quant in s.model.linears.values()}
@@ -87,20 +88,25 @@ def runtimes(s: Setting) -> dict[str, list[Deployment]]:
         "compressed-tensors": deployment.compressed_tensors(checkpoint, symmetric=symmetric),
         "dense": deployment.dense(),
     }
-    options = ExportOptions(awq_promote=s.recipe.export.awq_promote)
     carried, bits = carried_bits(s.recipe), {quant.bits for quant in s.model.linears.values()}
     fit = {name: found for name, found in rows.items() if bits.issubset(carried[name])}
-    return {name: found for name, found in fit.items() if _writable(FORMATS[name], checkpoint, options)}
+    return {name: found for name, found in fit.items() if refusal(name, s) is None}
 
 
-def _writable(row: Format, checkpoint: PackedCheckpoint, options: ExportOptions) -> bool:
-    """Whether an export can be promised, as far as sizes and architecture tell."""
+def refusal(name: str, s: Setting) -> QatError | None:
+    """Why a format cannot hold the model, as far as sizes and architecture tell; None where it can be promised."""
+    refuse = FORMATS[name].refuse
     try:
-        if row.refuse:
-            row.refuse(checkpoint, options)
-    except QatError:
-        return False
-    return True
+        if refuse is not None:
+            refuse(_packed(s), ExportOptions(awq_promote=s.recipe.export.awq_promote))
+    except QatError as error:
+        return error
+    return None
+
+
+def _packed(s: Setting) -> PackedCheckpoint:
+    """What will be exported, without its tensors."""
+    return PackedCheckpoint(Path(), s.model.config.to_dict(), s.model.linears, dict.fromkeys(s.model.names, ""))
 
 
 def render(plan: dict[str, Any]) -> Group:
@@ -142,6 +148,7 @@ def _caption(plan: dict[str, Any]) -> str:
         lines.append(f"activations of {stage}: {stream['name']}, {_gib(stream['bytes'])} GiB {places[stream['place']]}")
     if plan["rates"] is None:
         lines.append("no such device here: neither its memory nor its time is known")
+    lines += [f"NO EXPORT to {name}: {why}" for name, why in plan["refused"].items()]
     return "\n".join([*lines, *plan["short_of"]])
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,24 +54,6 @@ from qatcli.stages import Job, open_model
 from qatcli.training import compute_dtype
 
 
-@dataclass
-class _Streams:
-    """Hidden states [S, T, H]: what the current block gives in full precision, what it receives from the quantized
-    model, and what the next block gives in full precision if training looks ahead."""
-
-    target: Tensor
-    student: Tensor
-    following: Tensor | None
-
-    def windows(self, *, ahead: bool) -> Windows:
-        return Windows(self.student, self.target, self.following if ahead else None)
-
-    def move_on(self) -> None:
-        """The next block is the current one."""
-        assert self.following is not None
-        self.target, self.following = self.following, self.target
-
-
 @dataclass(frozen=True)
 class _Block:
     """A full-precision block, its arguments, the mean square of what each of its linears receives, and how the error
@@ -108,10 +90,10 @@ def run(job: Job) -> dict[str, Any]:
         block = model.load_block(index, job.device, torch.float32).requires_grad_(False)
         with input_moments(block, model.block_name(index)) as moments:
             for streams in (train, held_out):
-                into = streams.following if ahead else streams.target
+                into = streams.following if ahead else streams.targets
                 assert into is not None
                 advance_stream(
-                    streams.target,
+                    streams.targets,
                     block,
                     arguments[index],
                     batch_size=config.batch_size,
@@ -128,7 +110,9 @@ def run(job: Job) -> dict[str, Any]:
             following = full_precision(index + 1, ahead=True) if config.lookahead and not last else None
             quants = block_quants(model, index, recipe.quant)
             if index not in kept:
-                seen, unseen = (streams.windows(ahead=following is not None) for streams in (train, held_out))
+                seen, unseen = (
+                    replace(each, following=each.following if following else None) for each in (train, held_out)
+                )
                 result = _train(job, model, index, block, following, quants, seen, unseen, bar)
                 detail = f"loss {result['before']:.4g} -> {result['after']:.4g}"
             else:
@@ -137,12 +121,11 @@ def run(job: Job) -> dict[str, Any]:
             quantized = load_quantized_block(job.out, model, index, quants, job.device)
             for streams in (train, held_out):
                 advance_stream(
-                    streams.student, quantized, arguments[index], batch_size=config.batch_size, device=job.device
+                    streams.inputs, quantized, arguments[index], batch_size=config.batch_size, device=job.device
                 )
             del quantized  # the next block trains without it
             if following is not None:
-                train.move_on()
-                held_out.move_on()
+                train, held_out = train.of_next_block(), held_out.of_next_block()
                 block = following
             elif not last:
                 block = full_precision(index + 1)
@@ -238,14 +221,14 @@ def _train(
 
 def _open_streams(
     job: Job, model: BlockModel, name: str, windows: Tensor, budget: StreamBudget, dtype: torch.dtype
-) -> _Streams:
+) -> Windows:
     shape = (*windows.shape, model.hidden_size)
     target = budget.allocate(f"{name}-target", shape, dtype)
     student = budget.allocate(f"{name}-student", shape, dtype)
     ahead = job.recipe.block_ap.lookahead and len(model) > 1
     following = budget.allocate(f"{name}-following", shape, dtype) if ahead else None
     fill_streams([target, student], model, windows, job.device, dtype)
-    return _Streams(target, student, following)
+    return Windows(student, target, following)
 
 
 def _metrics(job: Job) -> dict[str, Any]:

@@ -116,13 +116,12 @@ class _Trainer:
                 log.event("step", step=made, loss=loss, backoffs=stepper.backoffs)
                 if stepper.exhausted:
                     break
-                if made == steps or made % config.checkpoint_every == 0:
+                due = made == steps or made % config.checkpoint_every == 0
+                if due:
                     held_out = self.validate(stepper.dtype)
                     log.event("validation", step=made, loss=held_out)
                     stepper.offer(held_out, always=not config.keep_best and math.isfinite(held_out))
-                    self._save(stepper, made, before)
-                    saved = time.monotonic()
-                elif time.monotonic() - saved >= SAVE_SECONDS:
+                if due or time.monotonic() - saved >= SAVE_SECONDS:
                     self._save(stepper, made, before)
                     saved = time.monotonic()
                 detail, group = f"loss {loss:.4f} held-out {stepper.best_loss:.4f}", stepper.optimizer.param_groups[0]

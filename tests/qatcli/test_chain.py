@@ -10,7 +10,7 @@ import pytest
 
 from qatcli import chain
 from qatcli.directory import BASELINE, CHAIN, StageDirectory, begin, commit
-from qatcli.errors import InputError, ResourceError, UsageError
+from qatcli.errors import InputError, RecipeError, ResourceError, UsageError
 from qatcli.recipe import Recipe
 
 METRICS: dict[str, Any] = {"models": {}, "protocol": {}, "size": {"bits_per_weight": 2.5, "bits_per_parameter": 4.0}}
@@ -70,6 +70,16 @@ def test_what_the_evaluation_lacks_is_said_before_the_training(
     monkeypatch.setattr(chain, "run_stage", lambda *_, **__: pytest.fail("begun"))
     with pytest.raises(InputError, match=message):
         chain.run_all(recipe, [override], run_dir=recipe.parent / "run", restart=False, device="cpu", verbosity=-1)
+
+
+def test_a_format_that_cannot_hold_the_model_is_said_before_the_training(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain, "run_stage", lambda *_, **__: pytest.fail("begun"))
+    options: dict[str, Any] = {"run_dir": recipe.parent / "run", "restart": False, "device": "cpu", "verbosity": -1}
+    with pytest.raises(RecipeError, match=r"export\.formats: awq will be refused: ") as caught:
+        chain.run_all(recipe, ["quant.bits=4", "quant.group_size=-1", "export.formats=[native, awq]"], **options)
+    assert "take awq out of export.formats, or " in (caught.value.hint or "")
 
 
 def test_a_baseline_that_has_no_room_is_said_before_the_training(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,13 @@ class Fake:
         self.logged: list[tuple[int | None, dict[str, Any]]] = []
         self.state = "new"
         self.tracker: Any = None
+        self.configuration: dict[str, Any] = {}
 
     def start(self) -> None:
         self.state = "started"
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.configuration = values
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
         self.logged.append((step, values))
@@ -66,6 +70,28 @@ def test_a_counter_of_all_events_is_not_relied_on() -> None:
     assert axes.items() >= {("progress/*", "progress/count"), ("block/*", "block/index")}
 
 
+def test_the_recipe_is_the_configuration_of_a_run() -> None:
+    fake = Fake()
+    recipe = {"method": "qat", "quant": {"bits": 2, "skip": ["a", "b"]}, "e2e_qp": {"max_step": None}, "expect": {}}
+    trackers.Tracker(fake).event("start", {"device": "cpu", "recipe": recipe})
+    expected = {"method": "qat", "quant/bits": 2, "quant/skip": "['a', 'b']", "e2e_qp/max_step": "None"}
+    assert fake.configuration == expected
+    assert fake.logged == []
+
+
+def test_a_run_that_stopped_is_marked_as_failed() -> None:
+    codes: list[int] = []
+    for kind in ("done", "stopped"):
+        fake = Fake()
+        run = SimpleNamespace(define_metric=lambda *_, **__: None, finish=lambda exit_code: codes.append(exit_code))
+        fake.tracker = run
+        tracker = trackers.Tracker(fake)
+        tracker.event(kind, {})
+        tracker.finish()
+        assert (fake.state == "finished") == (kind == "done")
+    assert codes == [1]
+
+
 def test_a_tracker_is_started_and_finished() -> None:
     fake = Fake()
     tracker = trackers.Tracker(fake)
@@ -93,6 +119,7 @@ def test_tensorboard_gets_every_step(tmp_path: Path) -> None:
 
     opened = trackers.open_trackers(("tensorboard",), tmp_path, "e2e-qp")
     with RunLog(verbosity=-1).stage(tmp_path / "log.jsonl", opened) as log:
+        log.event("start", recipe={"quant": {"bits": 2, "skip": ()}})
         for step in range(1, 4):
             log.event("step", step=step, loss=1.0 / step)
     found = EventAccumulator(str(tmp_path / "tensorboard" / "e2e-qp"))
@@ -111,5 +138,6 @@ def test_weights_and_biases_writes_a_run_without_a_network(tmp_path: Path, monke
     (tmp_path / "run").mkdir()
     opened = trackers.open_trackers(("wandb",), tmp_path / "run", "e2e-qp")
     with RunLog(verbosity=-1).stage(tmp_path / "log.jsonl", opened) as log:
+        log.event("start", recipe={"quant": {"bits": 2, "skip": ()}})
         log.event("step", step=1, loss=1.0)
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))) == 1

@@ -203,9 +203,12 @@ def test_the_plan_as_json_and_as_a_table(recipe: Callable[..., Recipe], monkeypa
         assert row["device"] is None
     assert found["seconds"] == pytest.approx(sum(row["seconds"] or 0 for row in found["stages"]))
     assert {"native", "dense", "compressed-tensors"} == set(found["runtimes"])  # 48 columns, no multiple of 32
+    assert list(found["refused"]) == ["gptq"]
+    assert "multiples of 32" in found["refused"]["gptq"]
     text = "".join(str(cell) for table in render(found).renderables for c in table.columns for cell in c.cells)  # type: ignore[union-attr]
     assert "block-ap" in text
     assert "vLLM" in text
+    assert "NO EXPORT to gptq: " in str(render(found).renderables[0].caption)  # type: ignore[union-attr]
 
 
 ANY = {"native", "dense", "compressed-tensors"}
