@@ -40,7 +40,7 @@ class Windows:
         return found if self.following is None else (*found, self.following)
 
     def of_next_block(self) -> Windows:
-        """What the next block is to give, in the place of what this one was; `inputs` and `following` are yet to be."""
+        """What the next block is to give, in the place of what this one was: `following` is yet to be computed."""
         assert self.following is not None
         return Windows(self.inputs, self.following, self.targets)
 
@@ -207,7 +207,7 @@ def train_block(
             total += torch.where(stepper.finish(loss), loss.detach(), 0)
             rate, tokens = stepper.optimizer.param_groups[0]["lr"], inputs[..., 0].numel()
             # On a GPU the loss of the first update is read during the second.
-            detail = "" if math.isnan(stepper.loss) else f"loss {stepper.loss:.4g}"
+            detail = "" if step == 1 and math.isnan(stepper.loss) else f"loss {stepper.loss:.4g}"
             progress(detail, part=step / schedule.steps, lr=rate, tokens=tokens)
             if stepper.exhausted:
                 break

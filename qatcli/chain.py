@@ -131,6 +131,8 @@ def run_all(
     require_room([stage for stage in CHAIN if restart or not (run_dir / stage).is_dir()], recipe, run_dir, device)
     if restart or not (run_dir / CHAIN[0]).is_dir():
         _look_ahead(recipe, run_dir, device)
+    if restart or not (run_dir / "pack").is_dir():
+        _refuse_formats(recipe, run_dir, device)
     try:
         for stage in CHAIN:
             done[stage] = _run_stage(stage, recipe, run_dir, replaced, restart=restart, device=device, log=log)
@@ -164,10 +166,21 @@ def run_all(
 
 
 def _look_ahead(recipe: Recipe, run_dir: Path, device: str | None) -> None:
-    """QatError for what the evaluation lacks, or a format that cannot hold the model: said before the hours of
-    training."""
+    """InputError or ResourceError for what the evaluation lacks: said before the hours of training."""
     from qatcli.evaluation.measure import check_ahead
     from qatcli.models.source import open_source
+
+    if "gptq" in recipe.eval.baselines:
+        try:
+            require_room(["block-ap"], untrained_gptq(recipe), (run_dir / BASELINE).parent, device)
+        except ResourceError as error:
+            text = f"the baseline gptq of the evaluation: {error.message}"
+            raise ResourceError(text, hint="take gptq out of eval.baselines") from error
+    check_ahead(recipe.eval, open_source(**recipe.model.model_dump()).tokenizer())
+
+
+def _refuse_formats(recipe: Recipe, run_dir: Path, device: str | None) -> None:
+    """RecipeError for a format to export to that cannot hold the model: said before the hours of training."""
     from qatcli.plan import setting
     from qatcli.plan.report import refusal
 
@@ -176,13 +189,6 @@ def _look_ahead(recipe: Recipe, run_dir: Path, device: str | None) -> None:
         if why := refusal(name, s):
             hint = f"take {name} out of export.formats, or {why.hint}"
             raise RecipeError(f"export.formats: {name} will be refused: {why.message}", hint=hint) from why
-    if "gptq" in recipe.eval.baselines:
-        try:
-            require_room(["block-ap"], untrained_gptq(recipe), (run_dir / BASELINE).parent, device)
-        except ResourceError as error:
-            text = f"the baseline gptq of the evaluation: {error.message}"
-            raise ResourceError(text, hint="take gptq out of eval.baselines") from error
-    check_ahead(recipe.eval, open_source(**recipe.model.model_dump()).tokenizer())
 
 
 def _run_stage(

@@ -51,15 +51,17 @@ class RunLog:
         A stage that does not reach its end leaves a last event that says why.
         """
         log = RunLog(file, verbosity=self.verbosity, console=self.console, trackers=trackers)
+        failed = True
         try:
             yield log
+            failed = False
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk must not hide the error it caused
                 log.event("stopped", error=f"{type(error).__name__}: {error}".removesuffix(": "))
             raise
         finally:
             for tracker in trackers:
-                tracker.finish()
+                tracker.finish(failed=failed)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event to log.jsonl; with -v also print it."""

@@ -8,21 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import indent
 from typing import Any
+
+import yaml
 
 from qatcli.errors import missing_extra
 
 STEPS = {"step": "step", "validation": "step", "block": "index", "progress": "count"}
 """Kind of event -> the field that places it on the x axis."""
 PROJECT = "qat"
-PLAIN = (bool, int, float, str)  # what a tracker takes for a setting
 
 
 class Tracker:
     """One of Accelerate's trackers, fed with the events of one stage."""
 
     def __init__(self, tracker: Any) -> None:
-        self._tracker, self._failed = tracker, False
+        self._tracker = tracker
         tracker.start()
         # Weights & Biases counts the steps of all kinds of events together, and drops those that fall behind
         self._counts_together = hasattr(tracker.tracker, "define_metric")
@@ -33,10 +35,11 @@ class Tracker:
     def event(self, kind: str, fields: dict[str, Any]) -> None:
         """Send an event's figures: those of one step, or the metrics of a finished stage; at its start the recipe."""
         if kind == "start":
-            recipe = _flat(fields.get("recipe") or {}, "")
-            self._tracker.store_init_configuration({name: v if isinstance(v, PLAIN) else str(v) for name, v in recipe})
-        elif kind == "stopped":
-            self._failed = True
+            recipe = fields.get("recipe") or {}
+            if self._counts_together:
+                self._tracker.store_init_configuration(recipe)
+            else:  # TensorBoard's configurations are runs of their own
+                self._tracker.tracker.add_text("recipe", indent(yaml.safe_dump(recipe, sort_keys=False), " " * 4))
         elif kind == "done":
             values = dict(_numbers(fields.get("metrics") or {}, ""))
             if values:
@@ -50,9 +53,9 @@ class Tracker:
             elif values:
                 self._tracker.log(values, step=step)
 
-    def finish(self) -> None:
+    def finish(self, *, failed: bool = False) -> None:
         """Flush and close; Weights & Biases tells runs that failed from others."""
-        if self._failed and self._counts_together:
+        if failed and self._counts_together:
             self._tracker.tracker.finish(exit_code=1)
         else:
             self._tracker.finish()
@@ -81,13 +84,8 @@ def open_trackers(names: Sequence[str], run_dir: Path, stage: str) -> list[Track
 
 def _numbers(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     """Every number in nested mappings, by its path."""
-    return ((name, v) for name, v in _flat(values, prefix) if isinstance(v, int | float) and not isinstance(v, bool))
-
-
-def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Every value in nested mappings, by its path."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{prefix}{name}", value

@@ -39,6 +39,7 @@ from qatcli.sizes import model_size
 from qatcli.training import autocast, compute_dtype
 
 BATCH_TOKENS = 4096  # tokens per forward pass of a perplexity
+MEMORY_OF_THEIR_OWN = ("cuda",)  # devices beside which full-precision logits are kept, in host memory
 Expected = Callable[[str], Iterable[Tensor]]  # of a text: full-precision logits of its windows, see `divergence`
 
 
@@ -125,17 +126,17 @@ def measure(
     return dict(finite(result))
 
 
-def expected_logits(base: Subject, device: torch.device, dtype: torch.dtype, *, keep: bool | None = None) -> Expected:
+def expected_logits(base: Subject, device: torch.device, dtype: torch.dtype) -> Expected:
     """What divergence is from, by the name of a text.
 
-    Computed when it is asked for, or, with `keep`, at once and kept in host memory, and the model is released: where
-    one model fits on a GPU, two of them may not. By default not on a CPU, whose memory they would be in as well.
+    Computed when it is asked for, or at once and kept, and the model is released: where one model fits on a GPU, two of
+    them may not.
     """
 
     def compute(text: str) -> Iterator[Tensor]:
         return reference_logits(_fast(base, device, dtype), base.windows[text], device=device, dtype=dtype)
 
-    if not (device.type != "cpu" if keep is None else keep):
+    if device.type not in MEMORY_OF_THEIR_OWN:
         return compute
     kept = {text: [logits.cpu() for logits in compute(text)] for text in base.windows}
     base.release()

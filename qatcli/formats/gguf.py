@@ -85,17 +85,17 @@ def compare(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> 
     return found
 
 
-def refuse(checkpoint: PackedCheckpoint, _options: ExportOptions) -> None:
+def refuse(checkpoint: PackedCheckpoint, options: ExportOptions) -> None:
     """QatError for an architecture, or for rows and groups, that GGUF cannot carry whatever the integers."""
     gguf_model.with_defaults(checkpoint)
-    unfit = [name for name, quant in checkpoint.modules.items() if likely_type(quant, "any", "auto") is None]
+    unfit = [name for name, quant in checkpoint.modules.items() if likely_type(quant, "any", options.gguf_type) is None]
     source.refuse_if(unfit, "no block type of GGUF has such rows or groups", hint=_UNFIT)
 
 
 def likely_type(quant: ModuleQuant, zero_points: ZeroPoints, wanted: str) -> str | None:
     """The block type that a linear gets, or one no smaller, by the zero points it may have; None where no type fits."""
     if wanted in gguf_blocks.TYPES:
-        return wanted
+        return None if quant.in_features // quant.groups % gguf_blocks.TYPES[wanted].length else wanted
     middle = 1 << (quant.bits - 1)
     zero_point = np.full((1, quant.groups), {"any": 0, "central": middle - 1, "middle": middle}[zero_points], np.uint8)
     codes = np.zeros((1, quant.in_features), np.uint8)

@@ -218,11 +218,14 @@ def evaluate(s: Setting) -> list[Phase]:
     stored = FP32 if dtype == torch.float32 else model.dtype.itemsize
     full = model.total * stored
     packed = full + _quantized(model) * (dtype.itemsize - stored) if s.on_cpu else pack_bytes(s)
-    dense = full if config.kl or {"full_precision", "round_to_nearest"} & set(config.baselines) else 0
+    beside = config.kl and s.on_cpu
+    alone = "full_precision" in config.baselines or config.kl
+    dense = full if "round_to_nearest" in config.baselines or (alone and not beside) else 0
     if not s.on_cpu and (config.speed or config.prompts):  # decoding makes a second copy of the codes (PackedLinear)
         packed += sum(packed_bytes(q, scale=0) for q in model.linears.values())
-    models = {"measured model": max(packed, dense), "full precision": full if config.kl and s.on_cpu else 0}
-    host = {"reading": s.reading(model.total) if dense and not s.on_cpu else 0, "tokenizer": TOKENIZER}
+    models = {"measured model": max(packed, dense), "full precision": full if beside else 0}
+    mapped = s.reading(model.total) if dense else pack_bytes(s)
+    host = {"reading": 0 if s.on_cpu else mapped, "tokenizer": TOKENIZER}
     work = kept = 0
     if config.zero_shot is not None:  # every token of a row has logits at most, and few of them are in fp32 at a time
         row = config.zero_shot.batch_tokens

@@ -98,7 +98,8 @@ def refusal(name: str, s: Setting) -> QatError | None:
     refuse = FORMATS[name].refuse
     try:
         if refuse is not None:
-            refuse(_packed(s), ExportOptions(awq_promote=s.recipe.export.awq_promote))
+            asked = s.recipe.export
+            refuse(_packed(s), ExportOptions(awq_promote=asked.awq_promote, gguf_type=asked.gguf_type))
     except QatError as error:
         return error
     return None

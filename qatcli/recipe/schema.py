@@ -391,8 +391,8 @@ class Recipe(Section):
     its perplexity, `<text>.kl`, `<text>.kl_99` and `<text>.top1_agreement` its divergence; a zero-shot task's is its
     accuracy in [0, 1], `zero_shot` the mean; `bits_per_weight` and `bits_per_parameter`."""
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Also send figures to TensorBoard (`<run>/tensorboard`) or Weights & Biases while a stage runs. log.jsonl always
-    has them. Needs `pip install 'qatcli[tracking]'`; the result does not depend on it."""
+    """Also send recipe and figures to TensorBoard (`<run>/tensorboard`) or Weights & Biases while a stage runs.
+    log.jsonl always has them. Needs `pip install 'qatcli[tracking]'`; the result does not depend on it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qatcli.models.source import ModelSource
 
 VERSIONED = ("qatcli", "torch", "transformers", "safetensors", "triton")
+RESUMED = ("calibrate", "block-ap", "e2e-qp")  # what computes, and goes on where it was interrupted
 # Keys that change where and how fast a stage runs but not what it computes: a resume may change them.
 FREE_KEYS = (
     *("block_ap.cache", "export.formats", "eval.cache"),
@@ -160,8 +161,9 @@ def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]
     with job.log.stage(job.out / directory.LOG_FILE, trackers) as log:
         recipe = job.recipe.model_dump(mode="json")
         log.event("start", stage=name, device=str(job.device), versions=versions, recipe=recipe)
-        if others := [f"{package} {was}" for package, was in before.versions.items() if was != versions.get(package)]:
-            log.warn(f"{name}: begun with {', '.join(others)}: what follows may differ from an uninterrupted run")
+        others = [f"{name_} {was}" for name_, was in before.versions.items() if was not in (None, versions.get(name_))]
+        if others and name in RESUMED:
+            log.warn(f"{name}: worked on with {', '.join(others)} before: an uninterrupted run may differ")
         start_peak(job.device)
         started = time.monotonic()
         metrics = finite(run(replace(job, log=log)))

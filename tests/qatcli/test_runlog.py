@@ -26,13 +26,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
-        self.finished = False
+        self.failed: bool | None = None
 
     def event(self, kind: str, fields: dict[str, Any]) -> None:
         self.seen.append(kind)
 
-    def finish(self) -> None:
-        self.finished = True
+    def finish(self, *, failed: bool) -> None:
+        self.failed = failed
 
 
 @pytest.mark.parametrize("verbosity", [-1, 0, 1])
@@ -86,7 +86,7 @@ def test_a_stage_that_fails_says_why_and_raises(tmp_path: Path, error: BaseExcep
         raise error
     assert events(file)[-1]["error"] == said
     assert tracker.seen == ["stopped"]
-    assert tracker.finished
+    assert tracker.failed is True
 
 
 def test_a_disk_that_cannot_be_written_does_not_hide_the_error(tmp_path: Path) -> None:
@@ -100,6 +100,7 @@ def test_events_go_to_the_trackers_of_their_stage_only(tmp_path: Path) -> None:
         inside.event("step", step=1, loss=1.0)
     log.event("outside")
     assert tracker.seen == ["step"]
+    assert tracker.failed is False
 
 
 def test_long_values_are_cut_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:

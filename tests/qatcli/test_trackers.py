@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from qatcli import trackers
 from qatcli.errors import QatError
@@ -47,7 +49,6 @@ class Fake:
         ),
         ("progress", {"count": 2, "title": "x", "lr": 1e-3}, [(2, {"progress/lr": 1e-3})]),
         ("done", {"metrics": {"models": {"a": {"ppl": 5.0}}, "ok": True}}, [(None, {"models/a/ppl": 5.0})]),
-        ("start", {"device": "cpu"}, []),
         ("warning", {"text": "x"}, []),
         ("block", {"index": 1, "relative_error": {"q_proj": 0.1}}, []),
     ],
@@ -70,26 +71,35 @@ def test_a_counter_of_all_events_is_not_relied_on() -> None:
     assert axes.items() >= {("progress/*", "progress/count"), ("block/*", "block/index")}
 
 
+RECIPE = {"method": "qat", "quant": {"bits": 2, "skip": ["a", "b"]}, "e2e_qp": {"max_step": None}}
+
+
 def test_the_recipe_is_the_configuration_of_a_run() -> None:
     fake = Fake()
-    recipe = {"method": "qat", "quant": {"bits": 2, "skip": ["a", "b"]}, "e2e_qp": {"max_step": None}, "expect": {}}
-    trackers.Tracker(fake).event("start", {"device": "cpu", "recipe": recipe})
-    expected = {"method": "qat", "quant/bits": 2, "quant/skip": "['a', 'b']", "e2e_qp/max_step": "None"}
-    assert fake.configuration == expected
+    fake.tracker = SimpleNamespace(define_metric=lambda *_, **__: None)
+    trackers.Tracker(fake).event("start", {"device": "cpu", "recipe": RECIPE})
+    assert fake.configuration == RECIPE
     assert fake.logged == []
 
 
-def test_a_run_that_stopped_is_marked_as_failed() -> None:
-    codes: list[int] = []
-    for kind in ("done", "stopped"):
-        fake = Fake()
-        run = SimpleNamespace(define_metric=lambda *_, **__: None, finish=lambda exit_code: codes.append(exit_code))
-        fake.tracker = run
-        tracker = trackers.Tracker(fake)
-        tracker.event(kind, {})
-        tracker.finish()
-        assert (fake.state == "finished") == (kind == "done")
-    assert codes == [1]
+def test_the_recipe_is_a_text_where_configurations_would_be_runs() -> None:
+    fake, texts = Fake(), {}
+    fake.tracker = SimpleNamespace(add_text=lambda tag, text: texts.update({tag: text}))
+    trackers.Tracker(fake).event("start", {"device": "cpu", "recipe": RECIPE})
+    assert yaml.safe_load(texts["recipe"]) == RECIPE
+    assert fake.configuration == {}
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_run_that_stopped_is_marked_as_failed(failed: bool) -> None:
+    fake, codes = Fake(), list[int]()
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, finish=lambda exit_code: codes.append(exit_code))
+    fake.tracker = run
+    with contextlib.suppress(OSError), RunLog(verbosity=-1).stage(Path("/nowhere/log"), [trackers.Tracker(fake)]):
+        if failed:
+            raise OSError("no space left")  # nor for the log
+    assert codes == [1] * failed
+    assert (fake.state == "finished") != failed
 
 
 def test_a_tracker_is_started_and_finished() -> None:

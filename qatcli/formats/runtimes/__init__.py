@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qatcli import machine
+from qatcli.formats import source
 from qatcli.formats.contract import RuntimeReport, Verification
 from qatcli.formats.runtimes.reference import Reference, reference
 from qatcli.packed import PackedCheckpoint, read_config
@@ -128,7 +129,8 @@ def obstacle(name: str, checkpoint: PackedCheckpoint, out: Path) -> str | None:
     for module in RUNTIMES[name].imports:
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed, `pip install 'qatcli[{RUNTIMES[name].extra}]'` brings it"
-    if why_not := too_large(_parameters(checkpoint)):
+    parameters = sum(parameter.numel() for parameter in source.skeleton(checkpoint.config).parameters())
+    if why_not := too_large(parameters):
         return why_not
     if name == "transformers" and _has_overrides(out):
         return "it reads one number of bits and one group size for all linears"
@@ -169,9 +171,3 @@ def _child(task: str, *paths: Path) -> str | None:
     if done.returncode < 0:
         return f"killed by signal {-done.returncode}"
     return lines[-1] if lines else f"exit code {done.returncode}"
-
-
-def _parameters(checkpoint: PackedCheckpoint) -> int:
-    quantized = sum(quant.weights for quant in checkpoint.modules.values())
-    config = checkpoint.config
-    return quantized + 2 * int(config.get("vocab_size", 0)) * int(config.get("hidden_size", 0))

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from qatcli.evaluation import cache, measure
 from qatcli.evaluation.candidates import Candidate
 from qatcli.evaluation.compare import compare
 from qatcli.evaluation.opening import open_candidate
-from qatcli.evaluation.perplexity import divergence
 from qatcli.evaluation.tables import tables
 from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear, dense_linears
@@ -307,20 +307,34 @@ def test_fp32_is_fp32_whatever_the_weights_are_stored_in(packed: Path, config: E
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_logits_that_are_kept_are_those_of_the_model_which_is_released(
-    packed: Path, tiny_llama: Path, config: EvalSection
+def test_on_a_gpu_one_model_at_a_time_is_loaded(
+    packed: Path, tiny_llama: Path, config: EvalSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def subject(path: Path) -> measure.Subject:
-        return measure.Subject(open_candidate(str(path), CPU), config)
+    """Full precision is released for its logits; the figures are the same."""
+    loaded: list[str] = []
+    release, load = measure.Subject.release, measure.Subject.model.func
 
-    how: dict[str, Any] = {"device": CPU, "dtype": torch.float32}
-    base, model = subject(tiny_llama), subject(packed).model
-    computed, kept = (measure.expected_logits(base, **how, keep=keep) for keep in (None, True))
-    assert "model" not in vars(base)
-    first, second = (divergence(model, expected("tiny"), base.windows["tiny"], **how) for expected in (kept, kept))
-    assert first == second == divergence(model, computed("tiny"), base.windows["tiny"], **how)
-    assert first.mean_kl > 0
-    assert first.tokens == 4 * 32
+    def model(subject: measure.Subject) -> Any:
+        loaded.append(subject.name)
+        assert len(loaded) == 1, loaded
+        return load(subject)
+
+    def released(subject: measure.Subject) -> None:
+        release(subject)
+        if subject.name in loaded:
+            loaded.remove(subject.name)
+
+    expected = _compare(packed, tiny_llama, config.model_copy(update={"cache": False}))
+    monkeypatch.setattr(measure, "MEMORY_OF_THEIR_OWN", ("cpu",))
+    watched = cached_property(model)
+    watched.__set_name__(measure.Subject, "model")
+    monkeypatch.setattr(measure.Subject, "model", watched)
+    monkeypatch.setattr(measure.Subject, "release", released)
+    found = _compare(packed, tiny_llama, config.model_copy(update={"cache": False}))
+    for name, figures in expected["models"].items():
+        assert found["models"][name]["perplexity"] == figures["perplexity"]
+        assert found["models"][name]["divergence"] == figures["divergence"]
+    assert found["models"][str(packed)]["divergence"]["tiny"]["mean_kl"] > 0
 
 
 def test_the_reference_is_measured_first(packed: Path, tiny_llama: Path, config: EvalSection) -> None:

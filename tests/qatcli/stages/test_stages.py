@@ -125,12 +125,12 @@ def test_a_stage_that_goes_on_with_other_libraries_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "qatcli.stages.fake", SimpleNamespace(run=lambda job: {}))  # type: ignore[arg-type]
-    path = tmp_path / "pack"
+    path = tmp_path / "block-ap"
     job = Job(build(), None, begin(path, {}, restart=False), tmp_path, RunLog(), torch.device("cpu"))
     (job.out / "file").touch()
-    (job.out / LOG_FILE).write_text('{"time": 1, "event": "start", "versions": {"torch": "1.0"}}\n')
-    facts = _run("pack", Stage("fake", (), (), "packed", ()), job, path, {}).facts
-    assert "pack: begun with torch 1.0: what follows may differ" in capsys.readouterr().err
+    (job.out / LOG_FILE).write_text('{"time": 1, "event": "start", "versions": {"torch": "1.0", "triton": null}}\n')
+    facts = _run("block-ap", Stage("fake", (), (), "packed", ()), job, path, {}).facts
+    assert "block-ap: worked on with torch 1.0 before: " in capsys.readouterr().err
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["machine"].startswith(device_name(job.device))
     log = read_log(path, [])
