@@ -202,7 +202,7 @@ class BlockApSection(Section):
     grad_clip: Positive | None = None
     """Largest norm of the gradient; null does not clip."""
     amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Arithmetic of the blocks, in `calibrate` too; `auto` is bfloat16 where the hardware has it, else float32. float16
+    """Arithmetic of the blocks, in `calibrate` too; `auto` is bfloat16 where that is faster, else float32. float16
     scales its losses, and needs hidden states below 65504. Parameters are always fp32."""
     compile: bool | None = None
     """`torch.compile` the blocks that train; null does so on a GPU. Results differ by rounding."""
@@ -250,7 +250,7 @@ class E2eQpSection(Section):
     gradient_checkpointing: bool = True
     """Recompute each block in the backward pass: less memory, more time, the same result (but dropout acts if any)."""
     amp: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Arithmetic of the model; `auto` is bfloat16 where the hardware has it, else float32. float16 scales its losses.
+    """Arithmetic of the model; `auto` is bfloat16 where that is faster, else float32. float16 scales its losses.
     Trained parameters are always fp32."""
     checkpoint_every: Count = 16
     """Optimizer steps between two states that `keep_best` chooses from; a resume starts there or ten minutes back."""

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from qatcli import training
 from qatcli.training import (
     Schedule,
     adamw,
@@ -171,7 +172,23 @@ def test_compute_dtype(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(training, "device_name", lambda _: "AMD EPYC 9R14")
     assert compute_dtype(amp, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("processor", "amx", "expected"),
+    [("AMD EPYC 9R14", False, BF16), ("Intel(R) Xeon(R) Processor", False, FP32), ("INTEL(R) XEON(R)", True, BF16)],
+)
+def test_bf16_instructions_are_no_reason_alone(
+    monkeypatch: pytest.MonkeyPatch, processor: str, amx: bool, expected: torch.dtype
+) -> None:
+    """Virtual machines may hide AMX; what Intel has beside it multiplies bf16 slower than fp32."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(training, "device_name", lambda _: processor)
+    assert compute_dtype("auto", torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
