@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qatcli.errors import QatError
+from qatcli.formats.rope import rope_parameters
 from qatcli.formats.source import base_config
 from qatcli.packed import PackedCheckpoint
 
@@ -138,16 +139,6 @@ def add_metadata(writer: Any, checkpoint: PackedCheckpoint) -> None:
         _add_gemma3(writer, config)
     else:
         _add_rope(writer, rope_parameters(config))
-
-
-def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """rope_type, rope_theta and scaling, from `rope_parameters` (transformers 5) or the keys before it."""
-    new = config.get("rope_parameters")
-    if new:
-        return dict(new)
-    scaling = dict(config.get("rope_scaling") or {})
-    kind = scaling.pop("type", scaling.get("rope_type", "default"))
-    return {"rope_theta": config.get("rope_theta", 10000.0), **scaling, "rope_type": kind}
 
 
 def rope_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:

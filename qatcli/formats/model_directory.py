@@ -16,6 +16,7 @@ from qatcli.formats import source
 from qatcli.formats.atomic import atomic_directory
 from qatcli.formats.card import model_card
 from qatcli.formats.contract import Deployment, ExportOptions
+from qatcli.formats.rope import earlier_keys
 from qatcli.packed import PackedCheckpoint, copy_companions, write_config
 from qatcli.shards import ShardWriter
 
@@ -67,9 +68,11 @@ def write_directory(
 def model_config(
     checkpoint: PackedCheckpoint, dtype: torch.dtype, quantization: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """config.json of an export: the model's own, the dtype under both of its names, the quantization."""
+    """config.json of an export: the model's own, the quantization, and the dtype and the settings of rotary embeddings
+    under the names before transformers 5, too."""
     name = str(dtype).removeprefix("torch.")
-    config = {**source.base_config(checkpoint.config), "dtype": name, "torch_dtype": name}
+    config = source.base_config(checkpoint.config)
+    config |= earlier_keys(config) | {"dtype": name, "torch_dtype": name}
     return {**config, "quantization_config": quantization} if quantization else config
 
 

@@ -7,6 +7,7 @@ positions are stretched: of `rope.scaling.*` and `rope_freqs.weight` it makes a 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -19,10 +20,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qatcli.errors import InputError, missing_extra
 from qatcli.gguf_container import Stored, read_container
-from qatcli.inputs import sha256
+from qatcli.inputs import read_json, sha256
 from qatcli.models.refusal import refused
 
-LAYOUT = 2  # of the folder: another number makes it anew
+LAYOUT = 3  # of the folder: another number makes it anew
 _HINT = "take the model's safetensors instead of this file"
 _FREQUENCIES, _LONG = "rope_freqs.weight", "rope_factors_long.weight"
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -65,6 +66,7 @@ def convert(file: Path) -> Path:
         folder = Path(temporary, "model")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        _name_tokenizer(folder / "tokenizer_config.json")
         try:
             folder.rename(target)
         except OSError:
@@ -123,3 +125,9 @@ def _check_types(file: Path, tensors: dict[str, Stored]) -> None:
                 f"{file}: the installed gguf cannot read {name}, of ggml type {entry.type_id}",
                 hint="take the checkpoint that the file was made from",
             )
+
+
+def _name_tokenizer(file: Path) -> None:
+    """Name the tokenizer's class as transformers 4 does, too: exports carry this file to what was written for it."""
+    settings = read_json(file)
+    file.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), encoding="utf-8")

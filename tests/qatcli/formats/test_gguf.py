@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from qatcli.errors import InputError, QatError
 from qatcli.formats import FORMATS, ExportOptions, compare, gguf, gguf_model, source
 from qatcli.formats.gguf_readback import GgufFile, open_gguf
+from qatcli.formats.gguf_tokenizer import load_tokenizer
 from qatcli.formats.layouts import gguf_blocks
 from qatcli.formats.runtimes import run
 from qatcli.formats.runtimes.reference import dense_model, reference
@@ -471,6 +473,16 @@ def test_a_source_has_its_positions_as_stretched_as_the_file_says(
         torch.testing.assert_close(
             logits, dense_model(stretched)(tokens).logits, rtol=0, atol=0.02 * float(logits.std())
         )
+
+
+@pytest.mark.usefixtures("own_tokenizer")
+def test_a_source_has_a_tokenizer_that_transformers_4_knows(packed: Packed, tmp_path: Path) -> None:
+    """Exports carry it to servers of its time, which do not know the class by its new name."""
+    FORMATS["gguf"].write(packed(4), tmp_path / "out", OPTIONS)
+    folder = converting.convert(tmp_path / "out" / "model.gguf")
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    text = "Hello, 3 dogs\nran."
+    assert load_tokenizer(folder)(text)["input_ids"] == load_tokenizer(packed(4).path)(text)["input_ids"]
 
 
 @pytest.mark.usefixtures("own_tokenizer")
