@@ -36,7 +36,7 @@ from qatcli.shards import read_header
 
 U8 = NDArray[np.uint8]
 FAULTS = ("flipped bit", "zero points off by one", "swapped nibbles")
-CODES = {"gptq": "qweight", "bitblas": "qweight", "awq": "qweight", "dense": "weight"}
+CODES = {"gptq": "qweight", "bitblas": "qweight", "awq": "qweight", "mlx": "weight", "dense": "weight"}
 ZEROS = {"gptq": "qzeros", "bitblas": "qzeros", "awq": "qzeros"}
 QUANTS = {"Q4_0": 2, "Q4_1": 4, "Q5_0": 6, "Q8_0": 2, "Q2_0": 2, "Q2_K": 16, "Q4_K": 16}  # where a block's codes begin
 QUANTS_END = {"Q2_K": 80}
@@ -149,6 +149,9 @@ def _damage(
         return codes, lambda _: _other_zeros_gguf(checkpoint, name, linear, codes.kind)
     if format_name == "dense":
         return codes, lambda raw: _other_zeros_dense(raw, linear)
+    if format_name == "mlx":
+        offsets = -linear.scale.astype(np.float64) * _one_lower(linear)
+        return places[name + ".biases"], lambda _: offsets.astype(np.float16).reshape(-1).view(np.uint8)
     tensor = f"{name}.{ZEROS.get(format_name, 'weight_zero_point')}"
     if tensor not in places:
         raise ValueError("a symmetric model stores no zero points")
@@ -156,6 +159,10 @@ def _damage(
     bits = 4 if format_name == "awq" or (format_name == "bitblas" and linear.bits == 3) else linear.bits
     down_columns = format_name in ("native", "compressed-tensors")
     return zeros, lambda raw: _minus_one(raw, bits, zeros.shape if down_columns else None)
+
+
+def _one_lower(linear: source.Arrays) -> U8:
+    return linear.zero_point - np.uint8(1) & np.uint8((1 << linear.bits) - 1)
 
 
 def _flip(raw: U8) -> U8:
@@ -193,8 +200,7 @@ def _other_zeros_dense(raw: U8, linear: source.Arrays) -> U8:
 
 def _other_zeros_gguf(checkpoint: PackedCheckpoint, name: str, linear: source.Arrays, kind: str) -> U8:
     """The blocks of the linear with other zero points: one lower, or for Q2_0, which has two, the other one."""
-    lower = linear.zero_point - np.uint8(1) & np.uint8((1 << linear.bits) - 1)
-    zero_point = 3 - linear.zero_point if kind == "Q2_0" else lower
+    zero_point = 3 - linear.zero_point if kind == "Q2_0" else _one_lower(linear)
     codes = np.minimum(linear.codes, 14) if kind == "Q4_0" else linear.codes  # 15 - 7 + 8 is no nibble
     order = gguf_model.row_order(checkpoint, name + ".weight")
     rows = slice(None) if order is None else order

@@ -39,7 +39,17 @@ COLUMNS = (
     *("largest logit difference", "tolerance", "perplexity", "text", "remarks"),
 )
 INTEGERS = ExportOptions(runtimes=False, awq_promote=True)
-LIBRARIES = ("torch", "transformers", "gptqmodel", "optimum", "compressed-tensors", "gguf", "xllamacpp")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "gptqmodel",
+    "optimum",
+    "compressed-tensors",
+    "mlx",
+    "mlx-lm",
+    "gguf",
+    "xllamacpp",
+)
 Row = dict[str, Any]
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-FORMAT_NAMES = "gptq, bitblas, native, gguf, awq, compressed-tensors, dense"
+FORMAT_NAMES = "gptq, bitblas, native, gguf, awq, compressed-tensors, mlx, dense"
 
 
 def _not_empty(text: str) -> str:

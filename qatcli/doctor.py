@@ -32,7 +32,7 @@ BRINGS = {
     "eval": "zero-shot tasks",
     "gguf": "models from GGUF files, and their export",
     "gptq": "loading GPTQ, BitBLAS and AWQ exports to prove them",
-    "runtimes": "loading compressed-tensors and GGUF exports to prove them",
+    "runtimes": "loading compressed-tensors, MLX and GGUF exports to prove them",
     "tracking": "live curves in TensorBoard or Weights & Biases",
     "dev": "tests and linters",
 }

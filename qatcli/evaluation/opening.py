@@ -21,7 +21,7 @@ import torch
 from qatcli.directory import STAGE_FILE, open_stage
 from qatcli.errors import InputError
 from qatcli.evaluation.candidates import Candidate, full_precision, packed
-from qatcli.formats.importing import import_checkpoint, require_importable
+from qatcli.formats.importing import import_checkpoint, refuse_mlx, require_importable
 from qatcli.formats.importing.linears import CODES
 from qatcli.hf import load_packed
 from qatcli.models.source import load_tokenizer, open_source
@@ -43,7 +43,9 @@ def open_candidate(target: str, device: torch.device, *, keep: bool = False) -> 
     if path.is_dir() and not any(path.glob("*.safetensors")):
         path = _only_gguf(path)
     if path.is_dir():
-        quantization = read_config(path).get("quantization_config") or {}
+        config = read_config(path)
+        refuse_mlx(path, config)
+        quantization = config.get("quantization_config") or {}
         if quantization.get("quant_method") == QUANT_METHOD:
             return packed(target, path, device)
         if any(name.endswith(CODES) for name in shard_map(path)):

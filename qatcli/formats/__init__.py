@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qatcli.formats import awq, bitblas, compressed_tensors, dense, gguf, gptq, native
+from qatcli.formats import awq, bitblas, compressed_tensors, dense, gguf, gptq, mlx, native
 from qatcli.formats.contract import Compare, ExportOptions, Refuse, Verification, Write, require_passed
 from qatcli.formats.runtimes import verify_in
 from qatcli.packed import PackedCheckpoint
@@ -48,6 +48,7 @@ _ROWS = (
     Format("gguf", gguf.write, gguf.compare, ("gguf", "llama.cpp"), gguf.refuse),
     Format("awq", awq.write, awq.compare, ("gptqmodel", "transformers"), awq.refuse),
     Format("compressed-tensors", compressed_tensors.write, compressed_tensors.compare, ("compressed-tensors",)),
+    Format("mlx", mlx.write, mlx.compare, ("mlx",), mlx.refuse),
     Format("dense", dense.write, dense.compare, ("transformers-dense",)),
 )
 FORMATS = {row.name: row for row in _ROWS}

@@ -9,6 +9,7 @@ from qatcli import __version__
 from qatcli.formats.contract import Deployment
 from qatcli.packed import PackedCheckpoint
 
+_LIBRARIES = {"gguf": "", "mlx": "mlx"}  # of the hub, where it is not transformers
 RUNTIMES_HEADING = "## Which runtime runs this file"
 
 
@@ -27,7 +28,8 @@ def model_card(
         for (bits, group), count in sorted(kinds.items())
     )
     base = str(config.get("_name_or_path") or "/")
-    front = "" if format_name == "gguf" else "library_name: transformers\n"
+    library = _LIBRARIES.get(format_name, "transformers")
+    front = f"library_name: {library}\n" if library else ""
     front += f"base_model: {base}\n" if not base.startswith(("/", ".")) else ""
     architecture = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
     return f"""---

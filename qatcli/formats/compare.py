@@ -52,7 +52,7 @@ class TensorFiles:
         return self.tensor(name).numpy()
 
 
-Settings = dict[str, Any]  # quantization_config of the export's own config.json, {} when it has none
+Settings = dict[str, Any]  # what the export's own config.json says of its quantization, {} when it says nothing
 Kind = tuple[int, int]  # bits and group size
 ReadLinear = Callable[[Settings, TensorFiles, str], Triple]
 Declared = Callable[[Settings, str], Kind | None]
@@ -117,13 +117,14 @@ def compare_directory(
     expected: Callable[[str], source.Arrays] | None = None,
     dtype: torch.dtype = torch.float16,
     settings_beside: str | None = None,
+    settings_key: str = "quantization_config",
 ) -> Verification:
     """Compare all files of the export `out`, the model card excepted.
 
     `read_linear` reads one linear with independent code; `declared` is what the export's settings say of a linear, None
     for one that is not quantized, and `kinds` what they should say; `suffixes` are the names its tensors may have;
     `expected` overrides what the linear should be (groups that were expanded); `settings_beside` names a second file
-    that repeats the settings.
+    that repeats the settings; `settings_key` is where in config.json they are.
     """
     expected = expected or (lambda name: source.arrays(checkpoint, name))
     kinds = own_kinds(checkpoint) if kinds is None else kinds
@@ -134,10 +135,10 @@ def compare_directory(
     except InputError as error:
         tally.others.append(error.message)
         return tally.verification(format_name)
-    settings: Settings = config.pop("quantization_config", {})
+    settings: Settings = config.pop(settings_key, {})
     if beside is not None and beside != settings:
-        tally.others.append(f"{settings_beside} differs from the quantization_config in config.json")
-    if config != model_config(checkpoint, dtype, None):
+        tally.others.append(f"{settings_beside} differs from the {settings_key} in config.json")
+    if config != model_config(checkpoint, dtype):
         tally.others.append("config.json differs from its source")
     tally.others += _companion_differences(checkpoint, out)
     tally.others += _kind_differences(checkpoint, settings, declared, kinds)

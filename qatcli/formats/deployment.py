@@ -14,6 +14,7 @@ _HUMMING = "pip install humming-kernels; CUDA, compute capability 7.5 or newer"
 _ONE_KIND = "does not run it: it reads one number of bits and group size for all linears; export native or dense"
 # vLLM and SGLang compute these linears as one, so their parts must have the same bits and group size, or all be dense.
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_MLX = "mlx-lm >= 0.31.3"
 _MERGING = ("vLLM", "SGLang")
 # Families whose activations leave float16 (Gemma-3-270M: 1.04e5 on random tokens), as vLLM 0.11 lists them.
 NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "plamo2", "glm4")
@@ -129,6 +130,17 @@ def gguf(file_name: str, types: set[str]) -> list[Deployment]:
         Deployment("llama.cpp", releases, run, "CPU, Metal, Vulkan, CUDA"),
         Deployment("llama.cpp server", releases, f"llama-server -m {file_name}", "OpenAI-compatible"),
         Deployment("Ollama", "with such a llama.cpp", modelfile, "from the folder of the file"),
+    ]
+
+
+def mlx(checkpoint: PackedCheckpoint) -> list[Deployment]:
+    """Rows for MLX, whose models of our families attend to the whole context."""
+    config = checkpoint.config
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    limit = f"; as trained within {window} tokens, beyond these it attends to all" if window else ""
+    return [
+        Deployment("MLX", _MLX, "mlx_lm.generate --model . --prompt Hello", f"-s z is rounded to fp16{limit}"),
+        Deployment("MLX server", _MLX, "mlx_lm.server --model .", "OpenAI-compatible"),
     ]
 
 

@@ -34,11 +34,12 @@ def write_directory(
     options: ExportOptions,
     dtype: torch.dtype = torch.float16,
     extra_files: Mapping[str, dict[str, Any]] | None = None,
+    settings_key: str = "quantization_config",
 ) -> None:
     """Write a model directory, one linear at a time, complete or not at all; see `ExportOptions.resume`.
 
     `pack_linear` returns the arrays of one linear by the suffix of their names; biases and all other tensors are cast
-    to `dtype`. `quantization` becomes config.json's quantization_config; `extra_files` are further JSON files.
+    to `dtype`. `quantization` becomes config.json's `settings_key`; `extra_files` are further JSON files.
     """
     with atomic_directory(out, resume=options.resume) as work:
         shards = ShardWriter(work, max_shard_bytes=options.max_shard_bytes, resume=options.resume)
@@ -57,7 +58,8 @@ def write_directory(
             if name not in shards.kept:
                 shards.add(name, source.cast(name, checkpoint.tensor(name), dtype))
         shards.close()
-        write_config(work, model_config(checkpoint, dtype, quantization))
+        settings = {settings_key: quantization} if quantization else {}
+        write_config(work, model_config(checkpoint, dtype) | settings)
         for file_name, content in (extra_files or {}).items():
             (work / file_name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         copy_companions(checkpoint.path, work)
@@ -65,15 +67,15 @@ def write_directory(
         (work / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_config(
-    checkpoint: PackedCheckpoint, dtype: torch.dtype, quantization: dict[str, Any] | None
-) -> dict[str, Any]:
-    """config.json of an export: the model's own, the quantization, and the dtype and the settings of rotary embeddings
-    under the names before transformers 5, too."""
+def model_config(checkpoint: PackedCheckpoint, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of an export without its quantization: the model's own, tied embeddings, of which readers have other
+    defaults, and the dtype and settings of rotary embeddings under the names before transformers 5, too."""
+    from transformers import AutoConfig
+
     name = str(dtype).removeprefix("torch.")
     config = source.base_config(checkpoint.config)
-    config |= earlier_keys(config) | {"dtype": name, "torch_dtype": name}
-    return {**config, "quantization_config": quantization} if quantization else config
+    tied = AutoConfig.for_model(**config).tie_word_embeddings
+    return {"tie_word_embeddings": tied, **config, **earlier_keys(config), "dtype": name, "torch_dtype": name}
 
 
 def bias_and_dense(checkpoint: PackedCheckpoint, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:

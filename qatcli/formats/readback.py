@@ -95,6 +95,17 @@ def pack_quantized(packed: Words, zero_point: Words, scale: NDArray[Any], *, bit
     return Triple(stream(packed, bits, in_features), np.ascontiguousarray(zero.T), scale)
 
 
+def mlx(weight: Words, scales: NDArray[Any], biases: NDArray[Any], *, bits: int) -> Triple:
+    """MLX affine: weight uint32 [N, K*b/32], scales [N, G], biases [N, G], the rounding of -s z for integers z."""
+    codes = stream(weight, bits, weight.shape[1] * 32 // bits)
+    exact = scales.astype(np.float64)
+    zero = np.rint(np.divide(-biases.astype(np.float64), exact, out=np.full_like(exact, -1.0), where=exact != 0))
+    outside = (zero < 0) | (zero >= 1 << bits) | ((-zero * exact).astype(biases.dtype) != biases)
+    if outside.any():
+        raise ValueError(f"{np.count_nonzero(outside)} of {zero.size} biases are no multiples of their scales")
+    return Triple(codes, zero.astype(np.uint8), scales)
+
+
 def _plus_one(words: Words, bits: int) -> Words:
     """Undo v1's `word -= 0x01..01` on whole words, exact modulo 2^32 even where a zero point of 0 borrowed."""
     if bits == 3:

@@ -86,6 +86,7 @@ def runtimes(s: Setting) -> dict[str, list[Deployment]]:
         "gguf": deployment.gguf("model.gguf", gguf_types),
         "awq": deployment.awq(checkpoint),
         "compressed-tensors": deployment.compressed_tensors(checkpoint, symmetric=symmetric),
+        "mlx": deployment.mlx(checkpoint),
         "dense": deployment.dense(),
     }
     carried, bits = carried_bits(s.recipe), {quant.bits for quant in s.model.linears.values()}

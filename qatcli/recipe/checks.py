@@ -22,6 +22,7 @@ FORMAT_BITS: Mapping[str, tuple[int, ...]] = {
     "bitblas": (2, 3, 4, 8),
     "native": (2, 3, 4, 8),
     "compressed-tensors": (2, 3, 4, 8),
+    "mlx": (2, 3, 4, 8),
     "dense": (2, 3, 4, 8),
     "awq": (4,),
     "gguf": (2, 3, 4),

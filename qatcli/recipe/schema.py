@@ -33,7 +33,7 @@ from qatcli.recipe.fields import (
 )
 from qatcli.recipe.methods import Method, fill
 
-Format = Literal["gptq", "bitblas", "native", "gguf", "awq", "compressed-tensors", "dense"]
+Format = Literal["gptq", "bitblas", "native", "gguf", "awq", "compressed-tensors", "mlx", "dense"]
 Baseline = Literal["full_precision", "round_to_nearest", "calibrate", "gptq", "block_ap"]
 
 

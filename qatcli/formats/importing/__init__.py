@@ -86,8 +86,18 @@ def require_importable(path: Path) -> None:
             raise InputError(f"{path}: {name}: {REORDERED}", hint=IN_ORDER)
 
 
+def refuse_mlx(path: Path, config: Mapping[str, Any]) -> None:
+    """InputError for an MLX checkpoint: its offsets are free, where ours are integers times the scale."""
+    if "bits" in (config.get("quantization") or {}):
+        raise InputError(
+            f"{path} is an MLX checkpoint, which is only written",
+            hint="give the `pack` directory that it was exported from, or measure it with mlx_lm.perplexity",
+        )
+
+
 def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The quantization settings: config.json's, else quantize_config.json's, else none (EfficientQAT native)."""
+    refuse_mlx(path, config)
     beside = path / "quantize_config.json"
     if config.get("quantization_config"):
         return dict(config["quantization_config"])

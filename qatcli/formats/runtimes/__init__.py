@@ -30,6 +30,8 @@ from qatcli.packed import PackedCheckpoint, read_config
 FP16_MAX = 65504.0
 _FP32 = 4.4  # bytes of host memory for a parameter of the reference, which computes in fp32 on the CPU
 _SECONDS = 1800
+# Formats that are run in the type they are stored in, and what to do where activations leave it.
+_WITHOUT_A_CHOICE = dict.fromkeys(("native", "dense"), "set export.dtype=bfloat16") | {"mlx": "export gguf"}
 _INTEGERS = "codes, zero points and scales were compared and are equal"
 
 
@@ -53,6 +55,7 @@ RUNTIMES = {
     "transformers-native": Runtime(),
     "compressed-tensors": Runtime(("compressed_tensors",), "runtimes"),
     "gguf": Runtime(("gguf",), "gguf"),
+    "mlx": Runtime(("mlx_lm", "mlx"), "runtimes"),
     "llama.cpp": Runtime(("xllamacpp",), "runtimes", activations="8 bits"),
 }
 
@@ -74,8 +77,8 @@ def verify_in(
         verification = verification.with_runtime(report)
     if expected is not None and expected.largest > FP16_MAX and stated_dtype(out) == "float16":
         text = f"activations reach {expected.largest:.3g}, which float16, the type in config.json, does not hold"
-        if verification.format in ("native", "dense"):
-            return replace(verification, differences=(*verification.differences, f"{text}: set export.dtype=bfloat16"))
+        if fix := _WITHOUT_A_CHOICE.get(verification.format):
+            return replace(verification, differences=(*verification.differences, f"{text}: {fix}"))
         verification = verification.with_note(f"{text}: run it in bfloat16")
     return verification
 

@@ -23,6 +23,7 @@ from qatcli.formats import source
 from qatcli.formats.compare import TensorFiles
 from qatcli.formats.compressed_tensors import SUFFIXES as PARTS
 from qatcli.formats.gguf_tokenizer import load_tokenizer
+from qatcli.formats.layouts import mlx
 from qatcli.formats.runtimes.loaders import LOADERS, Loaded
 from qatcli.formats.runtimes.reference import dense_weight, perplexity, prompts
 from qatcli.packed import PackedCheckpoint, read_config
@@ -43,6 +44,12 @@ class Finding:
     text: str | None = None
 
 
+def _mlx_weight(linear: source.Arrays) -> NDArray[np.float32]:
+    return mlx.dense_weight(linear.codes, linear.zero_point, linear.scale)
+
+
+WEIGHTS = {"mlx": _mlx_weight}
+"""What a task's weights should be where its format rounds them."""
 Task = Callable[[PackedCheckpoint, Path], tuple[Finding, Loaded | None]]
 
 
@@ -54,7 +61,7 @@ def in_runtime(task: str, checkpoint: PackedCheckpoint, out: Path) -> tuple[Find
         modules = dict(loaded.model.named_modules())
         with torch.inference_mode():
             weights = ((name, loaded.weight(modules[name]).float().numpy()) for name in checkpoint.modules)
-            _compare_weights(checkpoint, weights, finding)
+            _compare_weights(checkpoint, weights, finding, expected=WEIGHTS.get(task, dense_weight))
     if loaded.tokenize is not None:
         expected, found = load_tokenizer(checkpoint.path)(TEXT)["input_ids"], loaded.tokenize(TEXT)
         if found != expected:
@@ -101,16 +108,17 @@ APART: dict[str, Task] = {"compressed-tensors": in_compressed_tensors, "gguf": i
 
 
 def _compare_weights(
-    checkpoint: PackedCheckpoint, weights: Iterator[tuple[str, NDArray[np.float32]]], finding: Finding
+    checkpoint: PackedCheckpoint,
+    weights: Iterator[tuple[str, NDArray[np.float32]]],
+    finding: Finding,
+    expected: Callable[[source.Arrays], NDArray[np.float32]] = dense_weight,
 ) -> None:
     """Dequantized weights must equal ours up to the rounding of fp16."""
     for name, weight in weights:
-        expected = dense_weight(source.arrays(checkpoint, name))
-        wrong = np.count_nonzero(np.abs(weight - expected) > ULP * np.abs(expected))
+        ours = expected(source.arrays(checkpoint, name))
+        wrong = np.count_nonzero(np.abs(weight - ours) > ULP * np.abs(ours))
         if wrong:
-            finding.differences.append(
-                f"{finding.runtime} reads {wrong} of {expected.size} weights of {name} differently"
-            )
+            finding.differences.append(f"{finding.runtime} reads {wrong} of {ours.size} weights of {name} differently")
     if not finding.differences:
         finding.notes.append(f"{finding.runtime} dequantized {len(checkpoint.modules)} linears, equal to one fp16 ulp")
 

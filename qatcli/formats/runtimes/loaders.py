@@ -93,6 +93,28 @@ def transformers_compressed_tensors(out: Path) -> Loaded:
     )
 
 
+def mlx(out: Path) -> Loaded:
+    """mlx-lm, in fp32: its CPU kernels add up products in the type of the activations, its others do not."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(out)
+    model.set_dtype(mx.float32)
+    return Loaded(
+        f"mlx-lm {version('mlx-lm')} (mlx {version('mlx')})",
+        model,
+        lambda ids: np.array(model(mx.array([ids]))[0], np.float32),
+        weight=_mlx_weight,
+    )
+
+
+def _mlx_weight(linear: Any) -> Tensor:
+    import mlx.core as mx
+
+    parts = linear.weight, linear.scales, linear.biases
+    return torch.from_numpy(np.array(mx.dequantize(*parts, group_size=linear.group_size, bits=linear.bits)))
+
+
 def llama_cpp(out: Path) -> Loaded:
     """llama.cpp on the CPU."""
     from qatcli.formats.runtimes.llama_cpp import LlamaCpp
@@ -108,6 +130,7 @@ LOADERS: dict[str, Callable[[Path], Loaded]] = {
     "transformers-native": transformers_native,
     "compressed-tensors": transformers_compressed_tensors,
     "llama.cpp": llama_cpp,
+    "mlx": mlx,
 }
 
 

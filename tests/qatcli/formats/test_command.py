@@ -34,18 +34,18 @@ def qat(*arguments: str | Path, env: dict[str, str]) -> subprocess.CompletedProc
 
 @pytest.fixture(scope="module")
 def exported(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[str]]:
-    """A run directory with a packed model and five exports of it; stderr of the export, and its lines of stdout."""
+    """A run directory with a packed model and six exports of it; stderr of the export, and its lines of stdout."""
     run = tmp_path_factory.mktemp("runs") / "run"
     qat("calibrate", RECIPE, "--run", run, *FEW, env=environment)
     qat("pack", RECIPE, "--run", run, "--from", run / "calibrate", *FEW, env=environment)
-    formats = ("--format", "gptq,bitblas,native", "--format", "awq", "--format", "compressed-tensors")
+    formats = ("--format", "gptq,bitblas,native", "--format", "awq", "--format", "compressed-tensors,mlx")
     done = qat("export", RECIPE, "--run", run, *formats, *FAST, *FEW, env=environment)
     return run, done.stderr, done.stdout.splitlines()
 
 
 def test_every_format_named_is_written_verified_and_explained(exported: tuple[Path, str, list[str]]) -> None:
     run, errors, printed = exported
-    names = ["gptq", "bitblas", "native", "awq", "compressed-tensors"]
+    names = ["gptq", "bitblas", "native", "awq", "compressed-tensors", "mlx"]
     assert printed == [str(run / "export" / name) for name in names]
     for name in names:
         out = run / "export" / name

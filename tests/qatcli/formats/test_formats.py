@@ -26,7 +26,7 @@ from qatcli.shards import shard_map
 Packed = Callable[..., PackedCheckpoint]
 INTEGERS_ONLY = ExportOptions(runtimes=False)
 PROMOTED = ExportOptions(runtimes=False, awq_promote=True)
-SAFETENSORS = ("gptq", "bitblas", "native", "awq", "compressed-tensors", "dense")
+SAFETENSORS = ("gptq", "bitblas", "native", "awq", "compressed-tensors", "mlx", "dense")
 
 
 def _options(name: str, bits: int) -> ExportOptions:
@@ -62,7 +62,7 @@ def test_directory_has_what_loaders_want(packed: Packed, tmp_path: Path, name: s
     assert config["dtype"] == config["torch_dtype"] == "float16"
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     method = {"gptq": "gptq", "bitblas": "gptq", "native": "qat"}.get(name, name)
-    assert config.get("quantization_config", {}).get("quant_method") == (None if name == "dense" else method)
+    assert config.get("quantization_config", {}).get("quant_method") == (None if name in ("dense", "mlx") else method)
     if name in ("gptq", "bitblas"):
         beside = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
         assert beside == config["quantization_config"]
@@ -180,8 +180,8 @@ def _edit(out: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> N
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-CODES = {"gptq": "qweight", "bitblas": "qweight", "awq": "qweight", "dense": "weight"}
-ZEROS = {"gptq": "qzeros", "bitblas": "qzeros", "awq": "qzeros"}
+CODES = {"gptq": "qweight", "bitblas": "qweight", "awq": "qweight", "mlx": "weight", "dense": "weight"}
+ZEROS = {"gptq": "qzeros", "bitblas": "qzeros", "awq": "qzeros", "mlx": "biases"}
 LINEAR = "model.layers.1.self_attn.k_proj"
 
 
@@ -308,6 +308,9 @@ LIES = [
     ("native", ("modules", FIRST, "group_size"), 64),
     ("native", ("scale_dtype",), "float32"),
     ("native", ("modules",), {}),
+    ("mlx", ("bits",), 4),
+    ("mlx", ("group_size",), 64),
+    ("mlx", ("model.layers.0.self_attn.q_proj",), {"bits": 2, "group_size": 32}),
     ("dense", ("quant_method",), "gptq"),
 ]
 
@@ -323,7 +326,8 @@ def test_settings_that_lie_are_caught(
         files.append(tmp_path / "out" / "quantize_config.json")
     for file in files:
         content = json.loads(file.read_text())
-        settings = content.setdefault("quantization_config", {}) if file.name == "config.json" else content
+        key = "quantization" if name == "mlx" else "quantization_config"
+        settings = content.setdefault(key, {}) if file.name == "config.json" else content
         _lie(settings, path, value)
         file.write_text(json.dumps(content))
     verification = FORMATS[name].verify(checkpoint, tmp_path / "out", PROMOTED)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qatcli.formats import gguf_readback, readback
-from qatcli.formats.layouts import awq, bitblas, bitstream, compressed_tensors, gguf_blocks, gptq
+from qatcli.formats.layouts import awq, bitblas, bitstream, compressed_tensors, gguf_blocks, gptq, mlx
 
 GOLDEN = Path(__file__).parent / "golden" / "layouts.npz"
 BITS = (2, 3, 4, 8)
@@ -116,6 +116,8 @@ def _read(layout: str, arrays: dict[str, np.ndarray], bits: int, in_features: in
         return readback.bitblas(arrays["qweight"], arrays["qzeros"], arrays["scales"], bits=width)
     if layout == "awq":
         return readback.awq(arrays["qweight"], arrays["qzeros"], arrays["scales"])
+    if layout == "mlx":
+        return readback.mlx(arrays["weight"], arrays["scales"], arrays["biases"], bits=bits)
     return readback.pack_quantized(
         arrays["weight_packed"], arrays["weight_zero_point"], arrays["weight_scale"], bits=bits, in_features=in_features
     )
@@ -156,6 +158,8 @@ def test_every_layout_round_trips(linear) -> None:
         "bitblas": bitblas.pack_linear(codes, zero, scale, bits=bits),
         "compressed_tensors": compressed_tensors.pack_linear(codes, zero, scale, bits=bits),
     }
+    if codes.shape[1] % 32 == 0:
+        packed["mlx"] = mlx.pack_linear(codes, zero, scale, bits=bits)
     if bits <= 4:
         packed["awq"] = awq.pack_linear(codes, zero, scale)
     for layout, arrays in packed.items():

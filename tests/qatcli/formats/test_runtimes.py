@@ -49,6 +49,8 @@ CASES = [
     ("compressed-tensors", "compressed-tensors", 3, _MIXED),
     ("compressed-tensors", "compressed-tensors", 4, {"symmetric": True}),
     ("compressed-tensors", "compressed-tensors", 8, {}),
+    ("mlx", "mlx", 3, _MIXED),
+    ("mlx", "mlx", 8, {}),
     ("native", "transformers-native", 3, _MIXED),
     ("native", "transformers-native", 8, {}),
     ("dense", "transformers-dense", 2, _MIXED),
@@ -255,6 +257,7 @@ def test_the_largest_activation_is_known(packed: Packed) -> None:
         ("native", "float16", "differences"),
         ("native", "bfloat16", None),
         ("compressed-tensors", "float16", "notes"),
+        ("mlx", "float16", "differences"),
     ],
 )
 def test_activations_that_the_stated_type_does_not_hold(

@@ -217,14 +217,14 @@ ANY = {"native", "dense", "compressed-tensors"}
 @pytest.mark.parametrize(
     ("quant", "export", "formats"),
     [
-        ({"bits": 2, "group_size": 32}, {}, {"gptq", "bitblas", "gguf"}),
+        ({"bits": 2, "group_size": 32}, {}, {"gptq", "bitblas", "gguf", "mlx"}),
         ({"bits": 2, "group_size": 16}, {}, {"gptq"}),
-        ({"bits": 4, "group_size": 32}, {}, {"gptq", "bitblas", "gguf", "awq"}),
+        ({"bits": 4, "group_size": 32}, {}, {"gptq", "bitblas", "gguf", "awq", "mlx"}),
         ({"bits": 4, "group_size": -1}, {}, {"gptq", "bitblas", "gguf"}),
         ({"bits": 4, "group_size": -1}, {"awq_promote": True}, {"gptq", "bitblas", "gguf", "awq"}),
-        ({"bits": 2, "group_size": 32}, {"gguf_type": "Q4_0"}, {"gptq", "bitblas", "gguf"}),
-        ({"bits": 2, "group_size": 32}, {"gguf_type": "Q2_0"}, {"gptq", "bitblas"}),  # in blocks of 64
-        ({"bits": 8, "group_size": 32}, {}, {"gptq", "bitblas"}),
+        ({"bits": 2, "group_size": 32}, {"gguf_type": "Q4_0"}, {"gptq", "bitblas", "gguf", "mlx"}),
+        ({"bits": 2, "group_size": 32}, {"gguf_type": "Q2_0"}, {"gptq", "bitblas", "mlx"}),  # in blocks of 64
+        ({"bits": 8, "group_size": 32}, {}, {"gptq", "bitblas", "mlx"}),
     ],
 )
 def test_only_formats_that_will_be_written_are_promised(

@@ -103,7 +103,7 @@ def test_symmetric_codes_of_eight_bits_go_to_gguf(build: Callable[..., Recipe]) 
     quant = {"bits": 8, "zero_points": "middle"}
     assert contradictions(build(quant=quant, export={"formats": ["gguf"]}), set()) == []
     (problem,) = contradictions(build(quant=quant, export={"formats": ["awq"], "awq_promote": True}), set())
-    assert "these can: gptq, bitblas, native, compressed-tensors, dense, gguf" in problem.text
+    assert "these can: gptq, bitblas, native, compressed-tensors, mlx, dense, gguf" in problem.text
 
 
 def test_a_symmetric_grid_takes_any_init(build: Callable[..., Recipe]) -> None:

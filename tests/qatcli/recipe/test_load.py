@@ -82,7 +82,7 @@ def test_everything_is_reported_at_once(
             '--set: pack.dtype = "int4": must be one of auto, float16, bfloat16, float32',
             "--set: calibrate.data.3.source=x: calibrate.data is a list of 1; its items are numbered from 0",
             'FILE: export.formats.0 = "gptqq": must be one of gptq, bitblas, native, gguf, awq, compressed-tensors, '
-            "dense; did you mean gptq?",
+            "mlx, dense; did you mean gptq?",
             'FILE: eval.perplexity.0.source = "nowhere.txt": no such file: FOLDER/nowhere.txt',
             "FILE: eval.prompts.0 = 3: must be text; quote it if it is",
             'FILE: expect.a.value = "x": should be a valid number, unable to parse string as a number',
