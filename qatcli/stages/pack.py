@@ -36,11 +36,11 @@ def run(job: Job) -> dict[str, Any]:
             if name in scales:
                 rounded = tensor.to(scale_dtype)
                 largest = max(largest, float(((rounded.float() - tensor) / tensor).abs().max()))
-                _check_finite(name, rounded)
+                _check_fit(name, rounded, lost=bool(((rounded == 0) & (tensor != 0)).any()))
                 tensor = rounded
             elif name not in kept and tensor.is_floating_point():
                 tensor = tensor.to(dense_dtype)
-                _check_finite(name, tensor)
+                _check_fit(name, tensor)
             writer.add(name, tensor)
             bar.advance()
     writer.close()
@@ -60,8 +60,8 @@ def _dense_dtype(choice: str, config: dict[str, Any]) -> torch.dtype:
     return dtype
 
 
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    if not all_finite(tensor):
+def _check_fit(name: str, tensor: torch.Tensor, *, lost: bool = False) -> None:
+    if lost or not all_finite(tensor):
         raise VerificationError(
             f"{name} does not fit {str(tensor.dtype).removeprefix('torch.')}",
             hint="set pack.scale_dtype or pack.dtype to float32",

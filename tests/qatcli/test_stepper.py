@@ -116,6 +116,8 @@ def test_clipping_sees_gradients_without_the_loss_scale() -> None:
         assert update(stepper, 0, parameter.sum() * 0.25)
         assert parameter.grad is not None
         assert parameter.grad.item() == pytest.approx(0.25), "below the bound: not clipped"
+        assert update(stepper, 1, parameter.sum() * 10)
+        assert parameter.grad.item() == pytest.approx(0.5, rel=1e-3)
 
 
 # A verdict that is read late, as on a GPU.

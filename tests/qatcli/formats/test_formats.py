@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from qatcli.errors import InputError, QatError, VerificationError
 from qatcli.formats import FORMATS, ExportOptions, awq, compare, dense, require_passed, source
 from qatcli.formats.compare import TensorFiles
+from qatcli.formats.importing import import_checkpoint
+from qatcli.formats.runtimes.reference import dense_weight
 from qatcli.packed import ModuleQuant, PackedCheckpoint, PackedWriter, QuantizedLinear
 from qatcli.recipe import FORMAT_BITS
 from qatcli.shards import shard_map
@@ -128,6 +130,20 @@ def test_group_sizes_that_no_kernel_takes_are_refused(
         assert "compressed-tensors" in (refused.value.hint or "")
     FORMATS["compressed-tensors"].write(checkpoint, tmp_path / "ct", INTEGERS_ONLY)
     assert FORMATS["compressed-tensors"].verify(checkpoint, tmp_path / "ct", INTEGERS_ONLY).passed
+
+
+def test_promoted_groups_are_repeated_in_place(
+    save_tiny_llama: Callable[..., Path], pack: Packed, tmp_path: Path
+) -> None:
+    """Read back as another tool's, because the writer and what verifies it expand groups alike."""
+    wide = save_tiny_llama("wide", hidden_size=128, num_hidden_layers=1)
+    checkpoint = pack(wide, tmp_path / "packed", bits=3, kinds={"gate_proj": (4, 64)})  # two groups, four in the file
+    FORMATS["awq"].write(checkpoint, tmp_path / "out", PROMOTED)
+    import_checkpoint(tmp_path / "out", tmp_path / "imported")
+    imported = PackedCheckpoint.open(tmp_path / "imported")
+    for name in checkpoint.modules:
+        expected, found = (source.arrays(each, name) for each in (checkpoint, imported))
+        assert np.array_equal(dense_weight(found), dense_weight(expected)), name
 
 
 def test_awq_refuses_what_it_cannot_say_and_promotes_on_request(packed: Packed, tmp_path: Path) -> None:
@@ -397,13 +413,12 @@ def test_a_model_that_only_its_own_code_can_build_is_refused(tiny_llama: Path, p
     assert not (tmp_path / "out").exists()
 
 
-def test_scales_that_fp16_cannot_hold_are_refused(
-    tiny_llama: Path, pack: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("scale", [1e6, 1e-9])
+def test_scales_that_fp16_cannot_hold_are_refused(tiny_llama: Path, pack: Packed, tmp_path: Path, scale: float) -> None:
     checkpoint = pack(tiny_llama, tmp_path / "packed", bits=2)
     file = tmp_path / "packed" / "model.safetensors"
     tensors = load_file(file)
-    tensors[f"{LINEAR}.weight_scale"][0, 0] = 1e6
+    tensors[f"{LINEAR}.weight_scale"][0, 0] = scale
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(QatError, match=f"fp16 cannot hold.*{LINEAR}"):
         FORMATS["gptq"].write(checkpoint, tmp_path / "out", INTEGERS_ONLY)

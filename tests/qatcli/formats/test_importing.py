@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,12 +100,24 @@ def test_efficientqat_native(packed: Packed, tmp_path: Path, bits: int) -> None:
     assert found.linear("model.layers.0.mlp.up_proj").scale.dtype == torch.float32
 
 
+def _with_any_zero_points(checkpoint: PackedCheckpoint, out: Path) -> PackedCheckpoint:
+    """A copy whose zero points take all values, 0 among them, which rounding a trained model seldom gives."""
+    shutil.copytree(checkpoint.path, out)
+    tensors = load_file(out / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in checkpoint.modules:
+        words = tensors[name + ".weight_zero_point"]
+        words.copy_(torch.randint(-(2**31), 2**31, words.shape, generator=generator))
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return PackedCheckpoint.open(out)
+
+
 @pytest.mark.parametrize(("bits", "ones"), [(2, 0x55555555), (4, 0x11111111), (8, 0x01010101)])
 def test_gptq_version_1_as_autogptq_and_gptqmodel_write_it(
     packed: Packed, tmp_path: Path, bits: int, ones: int
 ) -> None:
     """They subtract one from every field of whole words, so a zero point of 0 borrows from its neighbour."""
-    checkpoint = packed(bits)
+    checkpoint = _with_any_zero_points(packed(bits), tmp_path / "any")
     FORMATS["gptq"].write(checkpoint, tmp_path / "export", OPTIONS)
     borrowed = 0
 
@@ -116,6 +129,24 @@ def test_gptq_version_1_as_autogptq_and_gptqmodel_write_it(
             borrowed += int((source.arrays(checkpoint, name).zero_point == 0).sum())
 
     _rewrite(tmp_path / "export", minus_one, {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": False})
+    assert borrowed > 0
+    import_checkpoint(tmp_path / "export", tmp_path / "packed")
+    _same(PackedCheckpoint.open(tmp_path / "packed"), checkpoint)
+
+
+def test_gptq_version_1_at_3_bits_wraps_in_every_field(packed: Packed, tmp_path: Path) -> None:
+    """Fields cross words there, so nothing is subtracted from whole words: a zero point of 0 is stored as 7."""
+    checkpoint = _with_any_zero_points(packed(3), tmp_path / "any")
+    FORMATS["gptq"].write(checkpoint, tmp_path / "export", OPTIONS)
+
+    def minus_one(tensors: dict[str, torch.Tensor]) -> None:
+        for name in checkpoint.modules:
+            lower = source.arrays(checkpoint, name).zero_point.T - np.uint8(1) & np.uint8(7)
+            bits = (lower[..., None] >> np.arange(3, dtype=np.uint8) & 1).reshape(len(lower), -1)
+            words = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+            tensors[name + ".qzeros"] = torch.from_numpy(words)
+
+    _rewrite(tmp_path / "export", minus_one, {"quant_method": "gptq", "bits": 3, "group_size": 32, "sym": False})
     import_checkpoint(tmp_path / "export", tmp_path / "packed")
     _same(PackedCheckpoint.open(tmp_path / "packed"), checkpoint)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qatcli.blocktrain import BlockResult, train_block
+from qatcli.blocktrain import BlockResult, Objective, Windows, train_block
 from qatcli.data import load_windows, save_windows
 from qatcli.data.windows import WindowSet
 from qatcli.directory import StageDirectory
@@ -89,10 +89,12 @@ def what_reads(block: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize(("epochs", "figure"), [(0, "before"), (2, "after")])
 def test_what_blocks_are_measured_against(
-    stages: Callable[..., tuple[Job, dict[str, Any]]], random_llama: Path, lookahead: bool
+    stages: Callable[..., tuple[Job, dict[str, Any]]], random_llama: Path, epochs: int, figure: str, lookahead: bool
 ) -> None:
-    job, metrics = stages(lookahead=lookahead)
+    """Recomputed from the finished checkpoint: what was trained, norms included, is what was saved."""
+    job, metrics = stages(lookahead=lookahead, epochs=epochs, lr_norms=0.05, keep_best=False)
     _, held_out = load_windows(job.input.path)
     model = AutoModelForCausalLM.from_pretrained(random_llama, dtype=torch.float32).eval()
     quantized = AutoModelForCausalLM.from_pretrained(job.out, dtype=torch.float32).eval()
@@ -105,7 +107,43 @@ def test_what_blocks_are_measured_against(
             after_next = outputs(model, held_out.tokens, {index + 1: student})[index + 1]
             error = (error + downstream_error(after_next, targets[index + 1], readers[5 * (index + 2) :])) / 2
         expected.append(error)
-    assert [block["before"] for block in metrics["blocks"]] == pytest.approx(expected, rel=1e-4)
+    assert [block[figure] for block in metrics["blocks"]] == pytest.approx(expected, rel=1e-4)
+    norms = [name for name, _ in model.named_parameters() if "layernorm" in name]
+    moved = [not torch.equal(model.get_parameter(name), quantized.get_parameter(name)) for name in norms]
+    assert moved == [epochs > 0] * 6
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_blocks_learn_on_training_windows_from_the_same(
+    stages: Callable[..., tuple[Job, dict[str, Any]]],
+    random_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lookahead: bool,
+) -> None:
+    """Students receive what the quantized blocks give, targets are those of the full-precision model."""
+    given: list[Windows] = []
+
+    def train(objective: Objective, students: Any, train: Windows, *rest: Any, **options: Any) -> BlockResult:
+        ahead = None if train.following is None else train.following[:].clone()
+        given.append(Windows(train.inputs[:].clone(), train.targets[:].clone(), ahead))
+        return train_block(objective, students, train, *rest, **options)
+
+    monkeypatch.setattr(block_ap, "train_block", train)
+    job, _ = stages(lookahead=lookahead, epochs=1)
+    tokens = load_windows(job.input.path)[0].tokens
+    full, quantized = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (random_llama, job.out)
+    )
+    targets, students = outputs(full, tokens), outputs(quantized, tokens)
+    inputs = [full.model.embed_tokens(tokens.long()).detach(), *students]
+    assert len(given) == 3
+    for index, windows in enumerate(given):
+        torch.testing.assert_close(windows.inputs, inputs[index], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(windows.targets, targets[index], rtol=1e-4, atol=1e-5)
+        if lookahead and index < 2:
+            torch.testing.assert_close(windows.following, targets[index + 1], rtol=1e-4, atol=1e-5)
+        else:
+            assert windows.following is None
 
 
 def test_looking_ahead_resumes_to_the_bit(stages: Callable[..., tuple[Job, dict[str, Any]]]) -> None:

@@ -10,19 +10,27 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+from qatcli.data import load_windows
 from qatcli.errors import InputError
+from qatcli.grid import initial_grid
+from qatcli.packed import PackedCheckpoint
 from qatcli.recipe import Recipe
 from qatcli.runlog import RunLog
 from qatcli.stages import Job, calibrate
 
 
-def _job(model: Path, text: Path, out: Path) -> Job:
+def _job(model: Path, text: Path, out: Path, *, method: str = "qat", seed: int = 2, **quant: Any) -> Job:
+    sampled = {"samples": 4, "validation_samples": 2, "seq_len": 12, "seed": seed}
     recipe = Recipe.model_validate(
         {
+            "method": method,
             "model": {"source": str(model)},
-            "quant": {"bits": 2, "group_size": 16},
-            "calibrate": {"data": [{"source": str(text)}], "samples": 4, "validation_samples": 2, "seq_len": 12},
+            "quant": {"bits": 2, "group_size": 16, **quant},
+            "calibrate": {"data": [{"source": str(text)}], **sampled},
+            "block_ap": {"amp": "float32"},
         }
     )
     out.mkdir(exist_ok=True)
@@ -87,3 +95,82 @@ def test_data_of_a_later_stage_are_looked_at_first(
     monkeypatch.setattr(calibrate, "sample_windows", lambda *_, **__: pytest.fail("sampled"))
     with pytest.raises(InputError, match=r"gone\.jsonl"):
         calibrate.run(job)
+
+
+# The grids, against a search of our own on what each linear of the first block receives.
+
+
+def _received(model: Path, tokens: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The weight of every linear of the first block, and the mean square of each of its inputs."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
+            found[name] = module.weight.detach(), arguments[0].detach().flatten(0, -2).square().mean(0)
+
+        return hook
+
+    for name, module in loaded.model.layers[0].named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(keep(f"model.layers.0.{name}"))
+    with torch.no_grad():
+        loaded(input_ids=tokens.long(), use_cache=False)
+    return found
+
+
+@pytest.mark.parametrize(("method", "search"), [("qat", "weighted"), ("efficientqat", "minmax")])
+def test_grids_are_those_of_the_search_on_the_training_windows(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, method: str, search: Any
+) -> None:
+    job = _job(tiny_llama, tiny_text, tmp_path / "out", method=method)
+    calibrate.run(job)
+    checkpoint, zero_points = PackedCheckpoint.open(job.out), job.recipe.quant.zero_points
+    train, _ = load_windows(job.out)
+    ignored = 0
+    for name, (weight, moment) in _received(tiny_llama, train.tokens).items():
+        found = checkpoint.linear(name)
+        grid = {"bits": 2, "group_size": 16, "zero_points": zero_points}
+        scale, zero_point = initial_grid(weight, **grid, method=search, moment=moment)
+        torch.testing.assert_close(found.scale, scale, rtol=1e-4, atol=0)
+        assert torch.equal(found.zero_point, zero_point.to(torch.uint8))
+        ignored += torch.allclose(scale, initial_grid(weight, **grid, method="mse")[0], rtol=1e-4)
+    assert ignored == 0, "or the moments would not matter to this test"
+
+
+@pytest.mark.parametrize(("allowed", "values"), [("central", {1, 2}), ("middle", {2}), ("any", {0, 1, 2, 3})])
+def test_zero_points_are_those_that_the_recipe_allows(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, allowed: str, values: set[int]
+) -> None:
+    job = _job(tiny_llama, tiny_text, tmp_path / "out", zero_points=allowed)
+    calibrate.run(job)
+    checkpoint = PackedCheckpoint.open(job.out)
+    found = {int(z) for name in checkpoint.modules for z in checkpoint.linear(name).zero_point.unique()}
+    assert found <= values
+    assert len(found) == len(values) or allowed == "any"
+    assert checkpoint.config["quantization_config"]["symmetric"] is (allowed == "middle")
+
+
+def test_linears_have_the_bits_and_groups_of_their_overrides(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    overrides = [{"pattern": "*.down_proj", "bits": 4}, {"pattern": "*.layers.1.*.k_proj", "group_size": 32}]
+    job = _job(tiny_llama, tiny_text, tmp_path / "out", overrides=overrides, skip=["*.layers.2.*.q_proj"])
+    calibrate.run(job)
+    checkpoint = PackedCheckpoint.open(job.out)
+    assert len(checkpoint.modules) == 20
+    assert "model.layers.2.self_attn.q_proj" not in checkpoint.modules
+    for name, quant in checkpoint.modules.items():
+        bits, group = 4 if "down_proj" in name else 2, 32 if name.endswith("1.self_attn.k_proj") else 16
+        assert quant.kind == (bits, group)
+        linear = checkpoint.linear(name)
+        assert linear.scale.shape[1] == quant.in_features // group
+        assert int(linear.codes.max()) == 2**bits - 1
+
+
+def test_the_seed_chooses_the_windows(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    tokens = []
+    for number, seed in enumerate((2, 2, 3)):
+        job = _job(tiny_llama, tiny_text, tmp_path / str(number), seed=seed)
+        calibrate.run(job)
+        tokens.append(load_windows(job.out)[0].tokens)
+    assert torch.equal(tokens[0], tokens[1])
+    assert not torch.equal(tokens[0], tokens[2])

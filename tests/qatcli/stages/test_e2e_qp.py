@@ -152,6 +152,52 @@ def test_scales_train_and_nothing_else_changes(
         assert metrics[figure] == pytest.approx(held_out_loss(model, held_out, teacher, text_weight), rel=1e-4)
 
 
+def test_norms_that_train_are_written(stage: Callable[..., Job]) -> None:
+    job = stage(train=["scales", "norms"], lr_norms=0.1, text_weight=1, samples=32)
+    metrics = run(job)
+    before, after = all_tensors(job.input.path), all_tensors(job.out)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    norms = {name for name in before if name.endswith("norm.weight")}
+    assert changed == norms | {name for name in before if name.endswith(".weight_scale")}
+    assert len(norms) == 7
+    model = AutoModelForCausalLM.from_pretrained(job.out, dtype=torch.float32).eval()
+    assert metrics["after"] == pytest.approx(held_out_loss(model, load_windows(job.out)[1], None, 1), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("section", "unit"),
+    [
+        ({"lr_scales": 10.0, "max_step": 0.02}, 0.02 / 2),  # of the scale: the outermost of 4 levels is 2 steps off
+        ({"lr_units": "absolute", "lr_scales": 1e-3}, None),
+    ],
+)
+def test_an_update_goes_as_far_as_the_recipe_says(
+    stage: Callable[..., Job], section: dict[str, Any], unit: float | None
+) -> None:
+    """The first of Adam's is its rate, whatever the gradient."""
+    job = stage(epochs=1, samples=4, warmup=0, min_lr_factor=None, keep_best=False, **section)
+    assert run(job)["steps"] == 1
+    before, after = all_tensors(job.input.path), all_tensors(job.out)
+    for name in before:
+        if name.endswith(".weight_scale"):
+            moved = (after[name] - before[name]).abs() / (1e-3 if unit is None else unit * before[name])
+            assert float(moved.median()) == pytest.approx(1, rel=0.02), name
+            assert float(moved.max()) < 1.02
+
+
+def test_rates_warm_up_and_decay(stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, update = [], e2e_qp._Trainer._update
+
+    def kept(trainer: Any, stepper: Any, *rest: Any) -> float:
+        loss = update(trainer, stepper, *rest)
+        rates.append(stepper.optimizer.param_groups[0]["lr"])
+        return loss
+
+    monkeypatch.setattr(e2e_qp._Trainer, "_update", kept)
+    run(stage(epochs=2, samples=8, warmup=0.25, min_lr_factor=10))
+    assert [rate / max(rates) for rate in rates] == pytest.approx([0.5, 1, 0.775, 0.325])  # half, then a cosine to 0.1
+
+
 def test_no_scale_is_driven_through_zero(stage: Callable[..., Job]) -> None:
     """Not even one that is far smaller than the others of its linear: it moves in units of its own."""
     job = stage(keep_best=False, lr_scales=0.5)
@@ -232,6 +278,21 @@ def test_memory_settings_do_not_change_the_result(stage: Callable[..., Job]) -> 
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
+def interrupted_after(step: int, monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
+    """Run the stage until it has saved its state after `step` updates."""
+    save = e2e_qp._Trainer._save
+
+    def save_and_stop(trainer: Any, stepper: Any, made: int, before: float) -> None:
+        save(trainer, stepper, made, before)
+        if made == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(e2e_qp._Trainer, "_save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(job)
+
+
 def test_a_resumed_run_draws_the_numbers_of_an_uninterrupted_one(
     stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,21 +304,72 @@ def test_a_resumed_run_draws_the_numbers_of_an_uninterrupted_one(
     (cut.input.path / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
     run(whole)
     torch.rand(3)  # a process of its own has other numbers behind it
-    save = e2e_qp._Trainer._save
-
-    def save_and_stop(trainer: Any, stepper: Any, step: int, before: float) -> None:
-        save(trainer, stepper, step, before)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(e2e_qp._Trainer, "_save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(cut)
-    monkeypatch.undo()
+    interrupted_after(2, monkeypatch, cut)
     run(cut)
     without, expected, found = (all_tensors(job.out) for job in (plain, whole, cut))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert any(not torch.equal(without[name], expected[name]) for name in expected)
+
+
+def test_a_resumed_run_still_has_the_best_iterate(stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which was long before the interruption."""
+    results = []
+    for name in ("whole", "cut"):
+        job, losses = stage(name, checkpoint_every=1), iter([5.0, 1.0, *[3.0] * 10])
+        monkeypatch.setattr(e2e_qp._Trainer, "validate", lambda *_, losses=losses: next(losses))
+        if name == "cut":
+            interrupted_after(3, monkeypatch, job)
+        results.append((run(job)["after"], all_tensors(job.out)))
+    (best, expected), (after, found) = results
+    assert best == after == 1.0
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_resumed_run_keeps_the_scale_of_its_loss(stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16 it falls until gradients do not overflow, and updates until then are not taken."""
+    loss, scales = e2e_qp._Trainer._loss, []
+    monkeypatch.setattr(e2e_qp._Trainer, "_loss", lambda *arguments: loss(*arguments) * 1000)
+    whole, cut = (stage(name, checkpoint_every=1, amp="float16", keep_best=False) for name in ("whole", "cut"))
+    save = e2e_qp._Trainer._save
+
+    def kept(trainer: Any, stepper: Any, *rest: Any) -> None:
+        scales.append(stepper.scaler.get_scale())
+        save(trainer, stepper, *rest)
+
+    monkeypatch.setattr(e2e_qp._Trainer, "_save", kept)
+    run(whole)
+    assert scales[-1] < scales[0] < 65536
+    interrupted_after(3, monkeypatch, cut)
+    run(cut)
+    assert scales[4:] == scales[:4]
+    expected, found = (all_tensors(job.out) for job in (whole, cut))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_resumed_run_knows_of_its_failures(stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each halves the rates."""
+    loss, update = e2e_qp._Trainer._loss, e2e_qp._Trainer._update
+    failing = False
+
+    def failed(*arguments: Any) -> Tensor:
+        return loss(*arguments) * (math.nan if failing else 1)
+
+    def second_fails(trainer: Any, stepper: Any, step: int, *rest: Any) -> float:
+        nonlocal failing
+        failing = step == 1
+        try:
+            return update(trainer, stepper, step, *rest)
+        finally:
+            failing = False
+
+    monkeypatch.setattr(e2e_qp._Trainer, "_loss", failed)
+    monkeypatch.setattr(e2e_qp._Trainer, "_update", second_fails)
+    whole, cut = (stage(name, checkpoint_every=1, keep_best=False) for name in ("whole", "cut"))
+    backoffs = run(whole)["backoffs"]
+    interrupted_after(3, monkeypatch, cut)
+    assert run(cut)["backoffs"] == backoffs == 1
+    expected, found = all_tensors(whole.out), all_tensors(cut.out)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("seconds", [0, 600])

@@ -49,6 +49,39 @@ def test_a_recipe_that_was_edited_two_stages_before_is_refused(tmp_path: Path) -
         _refuse_another_recipe("e2e-qp", found, build(block_ap={"epochs": 7}))
 
 
+DEPENDS = {
+    "calibrate": ("model", "quant", "calibrate", "block_ap.amp"),
+    "block-ap": ("model", "quant", "block_ap", "calibrate.seed", "calibrate.moment_samples"),
+    "e2e-qp": ("model", "calibrate", "e2e_qp"),
+    "pack": ("pack",),
+    "export": ("export",),
+    "eval": ("model", "quant", "eval"),
+}
+FREE = {
+    *("block_ap.cache", "export.formats", "eval.cache"),
+    *("e2e_qp.micro_batch_size", "e2e_qp.gradient_checkpointing"),
+}
+
+
+@pytest.mark.parametrize("stage", DEPENDS)
+def test_every_key_that_a_result_depends_on_makes_another_one(stage: str) -> None:
+    """A key that was forgotten would give the old result for an edited recipe, without a word."""
+    dumped = build().model_dump(mode="json")
+
+    def identity(recipe: dict[str, Any]) -> dict[str, Any]:
+        edited: Any = SimpleNamespace(model_dump=lambda **_: recipe)
+        return _identity(STAGES[stage], edited, None)
+
+    binding = set()
+    for section, keys in dumped.items():
+        for key in keys if isinstance(keys, dict) else ():
+            edited = {**dumped, section: {**keys, key: "edited"}}
+            if identity(edited) != identity(dumped):
+                binding.add(f"{section}.{key}")
+    sections = {f"{each}.{key}" for each in DEPENDS[stage] if "." not in each for key in dumped[each]}
+    assert binding == (sections | {each for each in DEPENDS[stage] if "." in each}) - FREE
+
+
 @pytest.mark.parametrize(
     ("stage", "section", "free", "binding"),
     [
@@ -94,20 +127,23 @@ def test_a_folder_named_like_what_the_hub_has_is_no_input(tmp_path: Path, monkey
 
 def test_a_file_that_was_edited_is_another_input(tmp_path: Path) -> None:
     """Its path is the same: the old result must not be taken for one of the new text, or of the new weights."""
-    text, model = tmp_path / "text.jsonl", tmp_path / "model"
-    model.mkdir()
+    text, model, tasks = tmp_path / "text.jsonl", tmp_path / "model", tmp_path / "tasks"
+    for folder in (model, tasks):
+        folder.mkdir()
     (model / "model.safetensors").write_text("weights")
+    (tasks / "piqa.jsonl").write_text("a task")
     text.write_text("a text")
+    measured = [{"name": "t", "source": str(text)}, {"name": "w", "source": "wikitext2", "file": str(text)}]
     texts = {
         "calibrate": {"data": [{"source": str(text)}]},
-        "eval": {"perplexity": [{"name": "t", "source": str(text)}]},
+        "eval": {"perplexity": measured, "zero_shot": {"data": str(tasks)}},
     }
     recipe = build(model={"source": str(model)}, **texts)
     read = {
         "calibrate": {"model.source", "calibrate.data.0.source"},
         "block-ap": {"model.source"},
         "pack": set(),
-        "eval": {"model.source", "eval.perplexity.0.source"},
+        "eval": {"model.source", "eval.perplexity.0.source", "eval.perplexity.1.file", "eval.zero_shot.data"},
     }
 
     def contents() -> dict[str, dict[str, str]]:
@@ -117,8 +153,23 @@ def test_a_file_that_was_edited_is_another_input(tmp_path: Path) -> None:
     assert {name: set(found) for name, found in before.items()} == read
     text.write_text("b text")
     (model / "model.safetensors").write_text("Weights")
+    (tasks / "piqa.jsonl").write_text("b task")
     for name, found in contents().items():
         assert {place for place, digest in found.items() if digest != before[name][place]} == read[name]
+
+
+def test_every_stage_knows_the_model_at_the_start_of_its_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which those that read it again refuse another one."""
+    monkeypatch.setitem(sys.modules, "qatcli.stages.fake", SimpleNamespace(run=lambda job: {}))  # type: ignore[arg-type]
+    given = None
+    for name, metrics in (("calibrate", {"model_fingerprint": "abc"}), ("block-ap", {}), ("e2e-qp", {}), ("pack", {})):
+        monkeypatch.setattr(sys.modules["qatcli.stages.fake"], "run", lambda job, metrics=metrics: metrics)
+        path = tmp_path / name
+        partial = begin(path, {}, restart=False)
+        (partial / "file").touch()
+        job = Job(build(), given, partial, tmp_path, RunLog(verbosity=-1), torch.device("cpu"))
+        given = _run(name, Stage("fake", (), (), "packed", ()), job, path, {})
+        assert given.facts["model_fingerprint"] == "abc"
 
 
 def test_a_stage_that_goes_on_with_other_libraries_says_so(
