@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qatcli.directory import BASELINE, write_json
+from qatcli.directory import BASELINE, open_stage, write_json
 from qatcli.evaluation.candidates import Candidate, full_precision, packed, round_to_nearest
 from qatcli.evaluation.measure import measure
 from qatcli.models.source import ModelSource
@@ -48,6 +48,7 @@ def _others(job: Job, source: ModelSource) -> list[Candidate]:
     for name, stage in MADE_BY_STAGES.items():
         path = job.run_dir / stage
         if name in recipe.eval.baselines and path.is_dir():
-            found.append(packed(name, path, job.device, tokenizer=source.tokenizer, trust_remote_code=trust))
+            made = open_stage(path).path  # which compares digests
+            found.append(packed(name, made, job.device, tokenizer=source.tokenizer, trust_remote_code=trust))
     path = job.input.path
     return [*found, packed("quantized", path, job.device, tokenizer=source.tokenizer, trust_remote_code=trust)]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qatcli.attention import NAME, TILE, tiled_attention, tiled_attention_forward, use_tiled_attention
@@ -111,6 +111,24 @@ def test_a_model_gives_the_logits_and_gradients_of_torchs_attention() -> None:
         logits.square().sum().backward()
         found.append((logits.detach(), [p.grad.clone() for p in model.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [6, None])
+def test_a_sliding_window_is_kept(window: int | None) -> None:
+    """What it covers no query with goes to torch with its mask."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(**sizes, num_hidden_layers=2, vocab_size=50, sliding_window=window, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.randint(0, 50, (2, 40))
+    with torch.no_grad():
+        expected = model(input_ids=tokens, use_cache=False).logits
+        use_tiled_attention(model, CPU)
+        found = model(input_ids=tokens, use_cache=False).logits
+        unmasked = AutoModelForCausalLM.from_config(MistralConfig(**config.to_diff_dict() | {"sliding_window": None}))
+        unmasked.load_state_dict(model.state_dict())
+        differs = (unmasked.eval()(input_ids=tokens, use_cache=False).logits - expected).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert bool(differs) == (window is not None)
 
 
 def test_another_choice_and_other_devices_stay_as_they_are() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -62,9 +63,9 @@ def error(output: Tensor, target: Tensor, kind: str = "downstream") -> float:
 
 
 class Setting:
-    """A student rounded to 2 bits, and what it learns from."""
+    """A student rounded to few bits, and what it learns from."""
 
-    def __init__(self, *, zero_points: ZeroPoints = "any") -> None:
+    def __init__(self, *, zero_points: ZeroPoints = "any", bits: int = 2) -> None:
         torch.manual_seed(3)
         self.block = Block()
         self.train = make_windows(16, self.block)
@@ -72,13 +73,13 @@ class Setting:
         self.zero_points = zero_points
         self.following: tuple[nn.Module, dict[str, Any]] | None = None
         quants = {
-            f"{PREFIX}.up": ModuleQuant(2, 16, HIDDEN, INNER),
-            f"{PREFIX}.down": ModuleQuant(2, 16, INNER, HIDDEN),
+            f"{PREFIX}.up": ModuleQuant(bits, 16, HIDDEN, INNER),
+            f"{PREFIX}.down": ModuleQuant(bits, 16, INNER, HIDDEN),
         }
         grids = {}
         for name in quants:
             weight = self.block.get_submodule(name.removeprefix(PREFIX + ".")).weight
-            grids[name] = initial_grid(weight, bits=2, group_size=16, zero_points=zero_points, method="mse")
+            grids[name] = initial_grid(weight, bits=bits, group_size=16, zero_points=zero_points, method="mse")
         self.students = build_student(self.block, PREFIX, quants, grids, zero_points=zero_points, hessians=None)
 
     def run(self, *, seed: int = 0, **config: Any) -> BlockResult:
@@ -177,6 +178,41 @@ def test_an_absurd_rate_never_leaves_a_block_worse_than_it_began(units: dict[str
     assert max(result.validation, default=float("inf")) > start, "the rate is absurd"
     assert setting.loss() <= start * (1 + 1e-6)
     assert result.after <= result.before
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("units", ["reach", "absolute"])
+def test_every_rate_is_that_of_the_recipe_at_every_update(
+    monkeypatch: pytest.MonkeyPatch, bits: int, units: str
+) -> None:
+    """A reach is what rates add up to: in steps for weights, in steps of the outermost level for scales, as a fraction
+    for norms. They fall along a cosine to a twentieth."""
+    rates: dict[int, list[float]] = {}
+    begin = Stepper.begin
+
+    def kept(stepper: Stepper, step: int) -> None:
+        begin(stepper, step)
+        for group in stepper.optimizer.param_groups:
+            rates.setdefault(id(group["params"][0]), []).append(group["lr"])
+        assert {group["betas"] for group in stepper.optimizer.param_groups} == {(0.9, 0.999)}
+        assert {group["weight_decay"] for group in stepper.optimizer.param_groups} == {0.0}
+
+    monkeypatch.setattr(Stepper, "begin", kept)
+    setting = Setting(bits=bits)
+    norm = setting.block.norm.weight
+    expected = {id(norm): (0.1, float(norm.detach().mean()))}  # rate and natural step
+    for student in setting.students.values():
+        step = float(student.scale.detach().mean())
+        expected[id(student.weight)] = 0.5, step
+        expected[id(student.scale)] = 0.3, step / 2 ** (bits - 1)
+        expected[id(student.zero_point)] = 0.2, 1.0
+    asked = {"lr_weights": 0.5, "lr_scales": 0.3, "lr_zero_points": 0.2, "lr_norms": 0.1}
+    setting.run(epochs=2, lr_units=units, min_lr_factor=20, **asked)
+    falling = [0.05 + 0.95 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert rates.keys() == expected.keys()
+    for name, (rate, unit) in expected.items():
+        peak = rate * unit / sum(falling) if units == "reach" else rate
+        assert rates[name] == pytest.approx([peak * factor for factor in falling], rel=1e-5)
 
 
 def test_without_keep_best_the_last_iterate_stays() -> None:

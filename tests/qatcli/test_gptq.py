@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qatcli.gptq import DAMPING, error_feedback
+from qatcli.gptq import error_feedback
 from qatcli.grid import ZeroPoints, grouped, search_grid
 
 ROWS, COLUMNS = 12, 192
@@ -41,7 +41,7 @@ def naive_codes(weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tens
     dead = h.diagonal() == 0
     w[:, dead] = 0
     h[dead, dead] = 1
-    h += DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    h += 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     inverse = torch.linalg.inv(h)
     codes = torch.empty_like(w)
     for k in range(w.shape[1]):

@@ -20,6 +20,7 @@ from qatcli.grid import (
     entropy_shrink,
     grouped,
     initial_grid,
+    search_grid,
 )
 from qatcli.recipe.schema import QuantSection
 
@@ -147,6 +148,26 @@ def test_the_searches_gain_much_at_two_bits(zero_points: ZeroPoints) -> None:
 
     assert error("mse", None) < 0.75 * error("minmax", None)
     assert error("weighted", moment) < 0.85 * error("mse", moment)
+
+
+def test_a_weighted_search_is_near_the_best_of_a_fine_grid() -> None:
+    """Of all zero points and 400 scales. Without least squares it is 3 % off, without the weights 35 %."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randn(64, 1, 32, generator=generator)
+    importance = torch.rand(1, 1, 32, generator=generator) ** 4 * 10 + 0.01
+
+    def error(scale: Tensor, zero_point: Tensor) -> Tensor:
+        levels = (groups / scale[..., None] + zero_point[..., None]).round().clamp(0, 7) - zero_point[..., None]
+        return (importance * (groups - levels * scale[..., None]).square()).sum(-1)
+
+    widest = (groups.amax(-1) - groups.amin(-1)) / 7
+    tried = [
+        error(widest * share, torch.full_like(widest, zero_point))
+        for share in torch.linspace(0.25, 1.05, 400)
+        for zero_point in range(8)
+    ]
+    found = error(*search_grid(groups, importance, bits=3, zero_points="any"))
+    assert float(found.sum() / torch.stack(tried).amin(0).sum()) < 1.01
 
 
 def test_central_zero_points_cost_nothing_at_two_bits() -> None:

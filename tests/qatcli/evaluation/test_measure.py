@@ -242,6 +242,42 @@ def test_full_precision_is_measured_once(
     assert measured[3:] == [str(tiny_llama), str(packed)]
 
 
+@pytest.mark.parametrize("change", ["text", "first token", "device", "code"])
+def test_what_was_measured_under_other_circumstances_is_measured_again(
+    tiny_llama: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """A text that was edited keeps its name; the figure of the old one must not be taken for its own."""
+    file = tmp_path / "text.jsonl"
+    lines = tiny_text.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines), encoding="utf-8")
+    text = PerplexityText(name="text", source=str(file), seq_len=32, windows=4)
+    measured: list[float] = []
+    perplexity = measure._perplexity
+    monkeypatch.setattr(measure, "_perplexity", lambda *all_: measured.append(perplexity(*all_)) or measured[-1])
+
+    def figure(asked: PerplexityText) -> float:
+        section = EvalSection(perplexity=(asked,), prompts=())
+        (found,) = compare([str(tiny_llama)], section, against=str(tiny_llama), device=CPU, log=QUIET)[
+            "models"
+        ].values()
+        return found["perplexity"]["text"]
+
+    first = figure(text)
+    assert figure(text) == first
+    assert len(measured) == 1
+    if change == "text":
+        file.write_text("".join(reversed(lines)), encoding="utf-8")
+    elif change == "first token":
+        text = text.model_copy(update={"bos": "window"})
+    elif change == "device":
+        monkeypatch.setattr(cache, "device_name", lambda _: "another")
+    else:
+        monkeypatch.setattr(cache, "CODE", "another")
+    again = figure(text)
+    assert len(measured) == 2
+    assert (again == first) == (change in ("device", "code"))
+
+
 def _with_other_weights(model: Path, protocol: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     content = bytearray((model / "model.safetensors").read_bytes())
     content[-1] ^= 1

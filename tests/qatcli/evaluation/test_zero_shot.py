@@ -170,6 +170,22 @@ def test_figures_are_those_of_lm_eval(qat_data: Path, tmp_path: Path, model: tup
     assert any(0 < value < 1 for value in values)
 
 
+def test_of_a_question_longer_than_the_context_the_beginning_goes(
+    data: Path, model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in lm-eval: 53 tokens and 14 or 16 of an answer, in 24."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.setattr(model[0].config, "max_position_embeddings", 24)
+    suite = load_suite(["piqa"], data=data, limit=None)
+    _run(suite, model)
+    instances = suite.loaded["tasks"]["piqa"].instances
+    ours = [each.resps[0][0] for each in instances]
+    evaluate(HFLM(pretrained=model[0], tokenizer=model[1]), suite.loaded, bootstrap_iters=10)
+    assert ours == pytest.approx([each.resps[0][0] for each in suite.loaded["tasks"]["piqa"].instances], rel=1e-4)
+
+
 def test_a_choice_longer_than_the_context_is_refused(
     data: Path, model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

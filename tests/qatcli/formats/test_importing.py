@@ -98,6 +98,7 @@ def test_efficientqat_native(packed: Packed, tmp_path: Path, bits: int) -> None:
     found = PackedCheckpoint.open(tmp_path / "packed")
     _same(found, checkpoint)
     assert found.linear("model.layers.0.mlp.up_proj").scale.dtype == torch.float32
+    assert found.config["quantization_config"]["scale_dtype"] == "float32"
 
 
 def _with_any_zero_points(checkpoint: PackedCheckpoint, out: Path) -> PackedCheckpoint:

@@ -488,6 +488,26 @@ def test_the_loss_of_an_update_is_the_mean_over_all_of_its_windows(
     assert losses[half:] == pytest.approx(losses[:half], rel=1e-4)
 
 
+def test_the_loss_of_an_update_is_that_of_its_answers(
+    stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = stage(samples=4, epochs=1, text_weight=1, micro_batch_size=2)
+    train, held_out = load_windows(job.out)
+    mask = torch.zeros(4, SEQ_LEN, dtype=torch.bool)
+    mask[0, 5:], mask[2, 1:3] = True, True
+    save_windows(job.out, WindowSet(train.tokens, held_out.tokens, mask, held_out.mask, "", {}))
+    losses, update = [], e2e_qp._Trainer._update
+
+    def kept(*arguments: Any) -> float:
+        losses.append(update(*arguments))
+        return losses[-1]
+
+    monkeypatch.setattr(e2e_qp._Trainer, "_update", kept)
+    run(job)
+    model = AutoModelForCausalLM.from_pretrained(job.input.path, dtype=torch.float32).eval()
+    assert losses == pytest.approx([held_out_loss(model, Windows(train.tokens, mask), None, 1)], rel=1e-4)
+
+
 def test_the_configuration_says_that_scales_are_fp32_again(stage: Callable[..., Job]) -> None:
     job = stage(epochs=0)
     assert job.input is not None
