@@ -112,9 +112,13 @@ def open_source(
 def check_config(path: Path, *, trust_remote_code: bool) -> None:
     """InputError for a config.json that must not reach transformers.
 
-    It names attention code to be fetched from the hub and executed, or layers that would be built one by one for days.
+    It names attention code to be fetched from the hub and executed, layers that would be built one by one for days, or
+    a file of weights that transformers would read and we would not.
     """
     config = read_config(path)
+    if named := config.get("transformers_weights"):
+        hint = "take the key out, and give the file the name model.safetensors"
+        raise InputError(f"{path}/config.json: transformers_weights is {json.dumps(named)}", hint=hint)
     for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         if isinstance(config.get(key), int) and not 0 < config[key] <= MOST_LAYERS:
             raise InputError(f"{path}/config.json: {key} is {config[key]}", hint="restore the config.json of the model")

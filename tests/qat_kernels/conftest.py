@@ -7,7 +7,6 @@ slowly: shapes are small here, and tests marked gpu repeat the comparison at rea
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,12 +133,8 @@ def both_backends(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any
 @pytest.fixture(scope="session")
 def layouts() -> dict[str, dict[str, torch.Tensor]]:
     """Tensors made by an independent packer, by case and name: {"b2_n32_k128_g64": {"codes": ..., ...}, ...}."""
-    data = Path(os.environ.get("QAT_DATA") or ROOT.parent / "shared" / "data")
-    path = data.parent / "golden" / "layouts.npz"
-    if not path.is_file():
-        pytest.skip(f"no golden vectors at {path}: set QAT_DATA to the folder beside golden/")
     cases: dict[str, dict[str, torch.Tensor]] = {}
-    with np.load(path) as arrays:
+    with np.load(ROOT / "tests" / "qatcli" / "formats" / "golden" / "layouts.npz") as arrays:
         for key in arrays.files:
             case, name = key.split("/", 1)
             cases.setdefault(case, {})[name] = torch.from_numpy(arrays[key])

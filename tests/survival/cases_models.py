@@ -43,7 +43,7 @@ config("unknown model_type", "transformers does not accept", lambda c: c.update(
 config("model_type is a list", "transformers does not accept", lambda c: c.update(model_type=["llama"]))
 config("quantized already", "is quantized already", lambda c: c.update(quantization_config={"quant_method": "fp8"}))
 config("attention code of the hub", "asks for code from the hub", lambda c: c.update(attn_implementation="evil/kernel"))
-config("weights named elsewhere", "", lambda c: c.update(transformers_weights="../outside/x.bin", hidden_size=65))
+config("weights named elsewhere", "transformers_weights is", lambda c: c.update(transformers_weights="../x.bin"))
 raw_config("empty", "malformed", b"")
 raw_config("a list", "not a JSON object", b"[]")
 raw_config("nested 100,000 deep", "nested too deeply", DEEP.encode())
