@@ -48,7 +48,7 @@ STAGE_HELP = {
     "block-ap": "Train each block (weights, scales, zero points) against the full-precision block.",
     "e2e-qp": "Train the scales end to end on frozen codes.",
     "pack": "Write the dense bit-packed checkpoint that transformers loads.",
-    "import": "Turn a GPTQ, AWQ, BitBLAS, compressed-tensors or EfficientQAT checkpoint (--from) into the packed form.",
+    "import": "Turn a checkpoint of another tool (--from), as GPTQ, AWQ, MLX or EfficientQAT, into the packed form.",
 }
 
 

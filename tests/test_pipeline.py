@@ -67,11 +67,11 @@ def test_run_reports_every_figure(finished_run: tuple[Path, dict]) -> None:
 
 
 def test_the_chain_learns_as_much_as_ever(finished_run: tuple[Path, dict]) -> None:
-    """Golden numbers, of CPUs with AVX2 and AVX-512: these are 3 % apart behind the first block, as codes flip."""
+    """Golden numbers, of x86 with AVX2 and AVX-512, which are 3 % apart behind the first block, as codes flip."""
     run, result = finished_run
     trained, tuned = (json.loads((run / name / "stage.json").read_text())["metrics"] for name in ("block-ap", "e2e-qp"))
     before, after = ([block[key] for block in trained["blocks"]] for key in ("before", "after"))
-    assert before[0] == pytest.approx(0.2091, rel=0.005)
+    assert before[0] == pytest.approx(0.2091, rel=0.01)
     assert before == pytest.approx([0.2091, 0.1836, 0.1489], rel=0.05)
     assert [b / a for a, b in zip(before, after, strict=True)] == pytest.approx([0.635, 0.634, 0.662], abs=0.05)
     assert tuned["before"] == pytest.approx(0.0936, rel=0.05)

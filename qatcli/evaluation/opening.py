@@ -2,7 +2,7 @@
 
 stage directory          calibration, quantized and packed ones, and every export
 packed by qat (native)   runs on its packed codes
-GPTQ, AWQ, BitBLAS, compressed-tensors, EfficientQAT
+GPTQ, AWQ, BitBLAS, compressed-tensors, MLX, EfficientQAT
                          imported bit for bit into packed codes, because their runtimes need a GPU
 GGUF file                dequantized to fp32
 anything else of Hugging Face, or a hub id
@@ -21,7 +21,7 @@ import torch
 from qatcli.directory import STAGE_FILE, open_stage
 from qatcli.errors import InputError
 from qatcli.evaluation.candidates import Candidate, full_precision, packed
-from qatcli.formats.importing import import_checkpoint, refuse_mlx, require_importable
+from qatcli.formats.importing import import_checkpoint, require_importable, settings_of
 from qatcli.formats.importing.linears import CODES
 from qatcli.hf import load_packed
 from qatcli.models.source import load_tokenizer, open_source
@@ -43,9 +43,7 @@ def open_candidate(target: str, device: torch.device, *, keep: bool = False) -> 
     if path.is_dir() and not any(path.glob("*.safetensors")):
         path = _only_gguf(path)
     if path.is_dir():
-        config = read_config(path)
-        refuse_mlx(path, config)
-        quantization = config.get("quantization_config") or {}
+        quantization = settings_of(path, read_config(path))
         if quantization.get("quant_method") == QUANT_METHOD:
             return packed(target, path, device)
         if any(name.endswith(CODES) for name in shard_map(path)):

@@ -7,6 +7,7 @@ and SGLang from 0.5.21 run asymmetric or 2/3-bit GPTQ only with `--quantization 
 
 from __future__ import annotations
 
+from qatcli.formats import source
 from qatcli.formats.contract import Deployment
 from qatcli.packed import PackedCheckpoint
 
@@ -14,7 +15,6 @@ _HUMMING = "pip install humming-kernels; CUDA, compute capability 7.5 or newer"
 _ONE_KIND = "does not run it: it reads one number of bits and group size for all linears; export native or dense"
 # vLLM and SGLang compute these linears as one, so their parts must have the same bits and group size, or all be dense.
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_MLX = "mlx-lm >= 0.31.3"
 _MERGING = ("vLLM", "SGLang")
 # Families whose activations leave float16 (Gemma-3-270M: 1.04e5 on random tokens), as vLLM 0.11 lists them.
 NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "plamo2", "glm4")
@@ -134,13 +134,13 @@ def gguf(file_name: str, types: set[str]) -> list[Deployment]:
 
 
 def mlx(checkpoint: PackedCheckpoint) -> list[Deployment]:
-    """Rows for MLX, whose models of our families attend to the whole context."""
-    config = checkpoint.config
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    """Rows for MLX, whose models of our families have no sliding window."""
+    window = getattr(source.full_config(checkpoint.config), "sliding_window", None)  # null where it is not used
     limit = f"; as trained within {window} tokens, beyond these it attends to all" if window else ""
+    releases = "mlx-lm >= 0.32.2"
     return [
-        Deployment("MLX", _MLX, "mlx_lm.generate --model . --prompt Hello", f"-s z is rounded to fp16{limit}"),
-        Deployment("MLX server", _MLX, "mlx_lm.server --model .", "OpenAI-compatible"),
+        Deployment("MLX", releases, "mlx_lm.generate --model . --prompt Hello", f"-s z is rounded to fp16{limit}"),
+        Deployment("MLX server", releases, "mlx_lm.server --model .", "OpenAI-compatible"),
     ]
 
 

@@ -15,20 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qatcli.errors import QatError
-from qatcli.formats.rope import rope_parameters
-from qatcli.formats.source import base_config
+from qatcli.formats.rope import not_carried, rope_parameters
+from qatcli.formats.source import full_config
 from qatcli.packed import PackedCheckpoint
 
-# What llama.cpp takes where the file, as written here, says nothing of it.
-_ROPE_DEFAULTS = {
-    "attention_factor": None,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": None,
-    "mscale_all_dim": None,
-    "truncate": True,
-    "partial_rotary_factor": 1,
-}
 _HINT = "export another format, or convert the dense export with llama.cpp's own converter"
 
 
@@ -70,14 +60,10 @@ def with_defaults(checkpoint: PackedCheckpoint) -> PackedCheckpoint:
 
     QatError for a model that llama.cpp would load and compute otherwise than transformers does.
     """
-    from transformers import AutoConfig
-
     row = architecture(checkpoint)
-    full = AutoConfig.for_model(**base_config(checkpoint.config)).to_dict()
-    config = {**full, **checkpoint.config}
+    config = {**full_config(checkpoint.config).to_dict(), **checkpoint.config}
     activation = config.get("hidden_activation") or config["hidden_act"]
-    rope = rope_parameters(config)
-    lost = {key: rope[key] for key, default in _ROPE_DEFAULTS.items() if rope.get(key) not in (None, default)}
+    lost = not_carried(rope_parameters(config))
     if activation != row.activation:
         raise QatError(f"llama.cpp computes {row.name} with {row.activation}, this model has {activation}", hint=_HINT)
     if lost:

@@ -17,25 +17,19 @@ from qatcli.formats.compare import Kind, Settings, TensorFiles, compare_director
 from qatcli.formats.contract import ExportOptions, Verification
 from qatcli.formats.layouts import mlx as layout
 from qatcli.formats.model_directory import write_directory
+from qatcli.formats.rope import not_carried, rope_parameters
 from qatcli.packed import PackedCheckpoint
 
 SETTINGS = "quantization"  # in config.json
 SUFFIXES = ("weight", "scales", "biases")
 GROUPS = (32, 64, 128)  # what its kernels take
-# Families whose logits mlx-lm was seen to compute (Gemma 2 and 3 are not: NOT_IN_FLOAT16).
-FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "phi",
-    "phi3",
-    "olmo2",
-    "stablelm",
-    "granite",
-    "smollm3",
-    "starcoder2",
-)
+_SCALED = ("default", "linear", "dynamic", "llama3", "yarn")
+# Families whose logits mlx-lm was seen to compute, by the kinds of rotary embeddings. Gemma 2 and 3 are NOT_IN_FLOAT16;
+# Phi, StableLM and StarCoder2 stretch no positions there and lack some of their settings.
+FAMILIES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smollm3"), _SCALED),
+    "phi3": ("default",),
+}
 _HINT = "export gguf, which runs on Apple's chips, too, or dense"
 
 
@@ -63,25 +57,31 @@ def compare(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> 
 
 
 def refuse(checkpoint: PackedCheckpoint, options: ExportOptions) -> None:
-    """QatError for groups that its kernels do not take, and families that it computes otherwise, or in float16 not."""
+    """QatError for groups that its kernels do not take, and for models that mlx-lm computes otherwise."""
     family = str(checkpoint.config.get("model_type"))
     if family in deployment.NOT_IN_FLOAT16:
         raise QatError(f"mlx would compute in float16, which the activations of {family} leave", hint=_HINT)
     if family not in FAMILIES:
         raise QatError(f"MLX export knows {', '.join(FAMILIES)}, not {family}", hint=_HINT)
+    config = source.full_config(checkpoint.config).to_dict()
+    rope = rope_parameters(config)
+    lost = not_carried(rope)
+    if rope["rope_type"] not in FAMILIES[family]:
+        lost["rope_type"] = rope["rope_type"]
+    if lost:
+        raise QatError(f"mlx-lm does not compute these settings of {family}'s rotary embedding: {lost}", hint=_HINT)
+    if config["hidden_act"] != "silu":
+        raise QatError(f"mlx-lm computes {family} with silu, this model has {config['hidden_act']}", hint=_HINT)
     wrong = [f"{name} ({q.group_size})" for name, q in checkpoint.modules.items() if q.group_size not in GROUPS]
     source.refuse_if(wrong, f"mlx takes group sizes of {list(GROUPS)} only", hint=_HINT)
 
 
 def _settings(checkpoint: PackedCheckpoint) -> dict[str, Any]:
     """Bits and group size of most linears, and by name those of others. What has no scales is not quantized."""
-    common = source.majority(checkpoint)
-    others = {name: _entry(*quant.kind) for name, quant in checkpoint.modules.items() if quant.kind != common}
-    return {**_entry(*common), **others}
-
-
-def _entry(bits: int, group_size: int) -> dict[str, int]:
-    return {"group_size": group_size, "bits": bits}
+    bits, group_size = source.majority(checkpoint)
+    others = {name: quant for name, quant in checkpoint.modules.items() if quant.kind != (bits, group_size)}
+    named = {name: {"group_size": quant.group_size, "bits": quant.bits} for name, quant in others.items()}
+    return {"group_size": group_size, "bits": bits, **named}
 
 
 def _pack(linear: source.Arrays) -> layout.Arrays:
@@ -91,9 +91,9 @@ def _pack(linear: source.Arrays) -> layout.Arrays:
 
 
 def _declared(checkpoint: PackedCheckpoint, settings: Settings, name: str) -> Kind | None:
-    """What the settings say of a linear; mlx-lm asks whether there are scales before it asks them."""
+    """What the settings say of a linear: by its name, else, where it has scales, what they say of all."""
     entry = settings.get(name, settings if name in checkpoint.modules else None)
-    return entry and (entry["bits"], entry["group_size"])
+    return None if entry is None else (entry["bits"], entry["group_size"])
 
 
 def _read(settings: Settings, files: TensorFiles, name: str) -> readback.Triple:

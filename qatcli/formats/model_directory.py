@@ -70,12 +70,17 @@ def write_directory(
 def model_config(checkpoint: PackedCheckpoint, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of an export without its quantization: the model's own, tied embeddings, of which readers have other
     defaults, and the dtype and settings of rotary embeddings under the names before transformers 5, too."""
-    from transformers import AutoConfig
-
-    name = str(dtype).removeprefix("torch.")
     config = source.base_config(checkpoint.config)
-    tied = AutoConfig.for_model(**config).tie_word_embeddings
-    return {"tie_word_embeddings": tied, **config, **earlier_keys(config), "dtype": name, "torch_dtype": name}
+    full, keys = source.full_config(config), earlier_keys(config)
+    if _rope(source.full_config({**config, **keys})) != _rope(full):  # which reads the keys before the new ones
+        keys = {}
+    name = str(dtype).removeprefix("torch.")
+    return {"tie_word_embeddings": full.tie_word_embeddings, **config, **keys, "dtype": name, "torch_dtype": name}
+
+
+def _rope(full: Any) -> dict[str, Any]:
+    """Its settings; the kind's earlier name says nothing more."""
+    return {key: value for key, value in (getattr(full, "rope_parameters", None) or {}).items() if key != "type"}
 
 
 def bias_and_dense(checkpoint: PackedCheckpoint, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -117,10 +118,17 @@ def dense_linears(checkpoint: PackedCheckpoint) -> list[str]:
 
 def skeleton(config: Mapping[str, Any]) -> Any:
     """The model that config.json describes, without memory for its weights and without its quantization."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**base_config(config)))
+        return AutoModelForCausalLM.from_config(full_config(config))
+
+
+def full_config(config: Mapping[str, Any]) -> Any:
+    """What transformers makes of config.json, without its quantization: every key has a value."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**copy.deepcopy(base_config(config)))  # which writes into what it is given
 
 
 def base_config(config: Mapping[str, Any]) -> dict[str, Any]:

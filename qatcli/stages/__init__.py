@@ -290,9 +290,10 @@ def open_model(job: Job) -> ModelSource:
     from qatcli.packed import read_config
 
     source = open_source(**job.recipe.model.model_dump())
-    if "quantization_config" in read_config(source.path):
+    config = read_config(source.path)
+    if said := {"quantization_config", "quantization"} & {key for key, value in config.items() if value}:
         raise InputError(
-            f"model.source {job.recipe.model.source} is quantized already: its config.json has a quantization_config",
+            f"model.source {job.recipe.model.source} is quantized already: its config.json has a {said.pop()}",
             hint="give the full-precision model; `qat import` and `qat eval` read quantized ones",
         )
     made_from = _fingerprint(job.source)

@@ -2,8 +2,9 @@
 
     import_checkpoint(Path("Llama-2-7b-EfficientQAT-w2g64"), Path("packed"))
 
-Read are EfficientQAT's native checkpoints (3 bits at 10 codes per word), GPTQ versions 1 and 2, AWQ (gemm), BitBLAS and
-compressed-tensors (pack-quantized). Codes, zero points and scales are taken as they are: nothing is quantized again.
+Read are EfficientQAT's native checkpoints (3 bits at 10 codes per word), GPTQ versions 1 and 2, AWQ (gemm), BitBLAS,
+compressed-tensors (pack-quantized) and MLX (affine, with offsets of whole steps, as ours). Codes, zero points and
+scales are taken as they are: nothing is quantized again.
 Left out: activation order (`desc_act` with columns out of order), which our layout cannot say, and pickled files.
 """
 
@@ -45,7 +46,7 @@ def import_checkpoint(path: Path, out: Path) -> None:
     """
     files = TensorFiles.open(path)
     config = read_config(path)
-    settings = _settings(path, config)
+    settings = settings_of(path, config)
     storage = storage_of(path, settings)
     names = sorted(name.rpartition(".")[0] for name in files.shards if name.endswith(CODES))
     if not names:
@@ -79,28 +80,23 @@ def import_checkpoint(path: Path, out: Path) -> None:
 
 def require_importable(path: Path) -> None:
     """InputError for a kind of checkpoint, or an order of columns, that is not imported; no weight is read."""
-    storage_of(path, _settings(path, read_config(path)))
+    storage_of(path, settings_of(path, read_config(path)))
     files = TensorFiles.open(path)
     for name in files.shards:
         if name.endswith(ORDERS) and bool((files.tensor(name).diff() < 0).any()):
             raise InputError(f"{path}: {name}: {REORDERED}", hint=IN_ORDER)
 
 
-def refuse_mlx(path: Path, config: Mapping[str, Any]) -> None:
-    """InputError for an MLX checkpoint: its offsets are free, where ours are integers times the scale."""
-    if "bits" in (config.get("quantization") or {}):
-        raise InputError(
-            f"{path} is an MLX checkpoint, which is only written",
-            hint="give the `pack` directory that it was exported from, or measure it with mlx_lm.perplexity",
-        )
-
-
-def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The quantization settings: config.json's, else quantize_config.json's, else none (EfficientQAT native)."""
-    refuse_mlx(path, config)
+def settings_of(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the quantization, else quantize_config.json, else none (EfficientQAT native)."""
     beside = path / "quantize_config.json"
-    if config.get("quantization_config"):
-        return dict(config["quantization_config"])
+    quantization, of_mlx = (config.get(key) or {} for key in ("quantization_config", "quantization"))
+    if not (isinstance(quantization, dict) and isinstance(of_mlx, dict)):
+        raise InputError(f"{path}/config.json: its quantization is malformed", hint="copy the checkpoint again")
+    if of_mlx and "quant_method" not in quantization:  # which MLX's own files may repeat there, without a method
+        return {"quant_method": "mlx", **of_mlx}
+    if quantization:
+        return dict(quantization)
     if beside.is_file():
         return read_json(beside)
     return {}

@@ -14,13 +14,14 @@ from torch import Tensor
 from qatcli.errors import InputError
 from qatcli.formats import readback
 
-KINDS = "GPTQ, AWQ, BitBLAS, compressed-tensors and EfficientQAT checkpoints"
+KINDS = "GPTQ, AWQ, BitBLAS, compressed-tensors, MLX and EfficientQAT checkpoints"
 REORDERED = "its columns were reordered by activation (desc_act), which the packed form cannot say"
 IN_ORDER = "take a checkpoint that was made without desc_act (activation order)"
-CODES = (".qweight", ".weight_packed")  # the tensor by which a quantized linear is known
+CODES = (".qweight", ".weight_packed", ".biases")  # the tensor by which a quantized linear is known, the last MLX's
 VALUES = ("qweight", "qzeros", "zeros", "scales", "weight_packed", "weight_scale", "weight_zero_point")
+OF_MLX = ("weight", "scales", "biases")
 ORDERS = ("g_idx", "weight_g_idx")
-PARTS = (*VALUES, *ORDERS, "weight_shape")
+PARTS = (*VALUES, *ORDERS, *OF_MLX, "weight_shape")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ def storage_of(path: Path, settings: Mapping[str, Any]) -> Storage:
         if settings.get("transform_config"):
             raise InputError(f"{path} rotates activations (transform_config)", hint="only plain weights are imported")
         return Storage("compressed-tensors")
+    if method == "mlx":
+        if settings.get("mode", "affine") != "affine":
+            raise InputError(f"{path} stores MLX {settings['mode']}", hint="only the mode affine is imported")
+        return Storage("MLX")
     raise InputError(f"{path} has quant_method {method}", hint=f"what is imported: {KINDS}")
 
 
@@ -75,6 +80,10 @@ def read_linear(tensors: Mapping[str, Tensor], storage: Storage, columns: int) -
     if storage.name == "compressed-tensors":
         return _pack_quantized(tensors, columns)
     scale = _scale(tensors["scales"])
+    if storage.name == "MLX":
+        weight = tensors["weight"].numpy()
+        bits = weight.shape[1] * 32 // columns
+        return readback.mlx(weight, scale, tensors["biases"].numpy(), bits=bits), bits
     qweight = tensors["qweight"].numpy()
     if storage.name == "BitBLAS":
         zeros = tensors["qzeros" if "qzeros" in tensors else "zeros"].numpy()

@@ -31,7 +31,7 @@ FP16_MAX = 65504.0
 _FP32 = 4.4  # bytes of host memory for a parameter of the reference, which computes in fp32 on the CPU
 _SECONDS = 1800
 # Formats that are run in the type they are stored in, and what to do where activations leave it.
-_WITHOUT_A_CHOICE = dict.fromkeys(("native", "dense"), "set export.dtype=bfloat16") | {"mlx": "export gguf"}
+_RUN_AS_STORED = dict.fromkeys(("native", "dense"), "set export.dtype=bfloat16") | {"mlx": "export gguf or dense"}
 _INTEGERS = "codes, zero points and scales were compared and are equal"
 
 
@@ -77,7 +77,7 @@ def verify_in(
         verification = verification.with_runtime(report)
     if expected is not None and expected.largest > FP16_MAX and stated_dtype(out) == "float16":
         text = f"activations reach {expected.largest:.3g}, which float16, the type in config.json, does not hold"
-        if fix := _WITHOUT_A_CHOICE.get(verification.format):
+        if fix := _RUN_AS_STORED.get(verification.format):
             return replace(verification, differences=(*verification.differences, f"{text}: {fix}"))
         verification = verification.with_note(f"{text}: run it in bfloat16")
     return verification

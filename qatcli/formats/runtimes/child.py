@@ -23,7 +23,6 @@ from qatcli.formats import source
 from qatcli.formats.compare import TensorFiles
 from qatcli.formats.compressed_tensors import SUFFIXES as PARTS
 from qatcli.formats.gguf_tokenizer import load_tokenizer
-from qatcli.formats.layouts import mlx
 from qatcli.formats.runtimes.loaders import LOADERS, Loaded
 from qatcli.formats.runtimes.reference import dense_weight, perplexity, prompts
 from qatcli.packed import PackedCheckpoint, read_config
@@ -44,12 +43,6 @@ class Finding:
     text: str | None = None
 
 
-def _mlx_weight(linear: source.Arrays) -> NDArray[np.float32]:
-    return mlx.dense_weight(linear.codes, linear.zero_point, linear.scale)
-
-
-WEIGHTS = {"mlx": _mlx_weight}
-"""What a task's weights should be where its format rounds them."""
 Task = Callable[[PackedCheckpoint, Path], tuple[Finding, Loaded | None]]
 
 
@@ -61,7 +54,7 @@ def in_runtime(task: str, checkpoint: PackedCheckpoint, out: Path) -> tuple[Find
         modules = dict(loaded.model.named_modules())
         with torch.inference_mode():
             weights = ((name, loaded.weight(modules[name]).float().numpy()) for name in checkpoint.modules)
-            _compare_weights(checkpoint, weights, finding, expected=WEIGHTS.get(task, dense_weight))
+            _compare_weights(checkpoint, weights, finding, loaded.expected)
     if loaded.tokenize is not None:
         expected, found = load_tokenizer(checkpoint.path)(TEXT)["input_ids"], loaded.tokenize(TEXT)
         if found != expected:

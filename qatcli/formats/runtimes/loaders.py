@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qatcli.formats.runtimes.reference import logits
+from qatcli.formats import source
+from qatcli.formats.layouts import mlx as layout
+from qatcli.formats.runtimes.reference import dense_weight, logits
 from qatcli.linear import PackedLinear
 from qatcli.packed import read_config
 
@@ -29,6 +31,7 @@ class Loaded:
     model     its own model object: a torch module, or `LlamaCpp`
     logits    token ids of one window -> logits fp32 [T, V]
     weight    a quantized linear of the model -> the weight [N, K] it multiplies with, by the library's own code
+    expected  the same from the checkpoint's linear, as the format rounds it
     tokenize  text -> token ids, where the runtime has a tokenizer of its own; None: the checkpoint's
     """
 
@@ -37,6 +40,7 @@ class Loaded:
     logits: Callable[[list[int]], NDArray[np.float32]]
     tokenize: Callable[[str], list[int]] | None = None
     weight: Callable[[Any], Tensor] | None = None
+    expected: Callable[[source.Arrays], NDArray[np.float32]] = dense_weight
 
 
 def gptqmodel(out: Path) -> Loaded:
@@ -105,6 +109,7 @@ def mlx(out: Path) -> Loaded:
         model,
         lambda ids: np.array(model(mx.array([ids]))[0], np.float32),
         weight=_mlx_weight,
+        expected=lambda linear: layout.dense_weight(linear.codes, linear.zero_point, linear.scale),
     )
 
 

@@ -100,9 +100,7 @@ def dense_model(checkpoint: PackedCheckpoint) -> Any:
     Loaded by transformers, which knows families whose checkpoints have other names than their modules (GPT-NeoX), and
     which takes the tensors as they are: every weight is in memory once.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(**source.base_config(checkpoint.config))
+    config = source.full_config(checkpoint.config)
     kind = type(source.skeleton(checkpoint.config))
     state = {}
     for name in checkpoint.modules:

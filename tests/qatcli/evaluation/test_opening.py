@@ -55,6 +55,7 @@ def _with_a_merge(model: Path, out: Path) -> Path:
         ("awq", "awq, imported bit for bit"),
         ("bitblas", "bitblas, imported bit for bit"),
         ("compressed-tensors", "compressed-tensors, imported bit for bit"),
+        ("mlx", "mlx, imported bit for bit"),
         ("dense", "weights as stored"),
         ("gguf", "GGUF, dequantized to fp32"),
     ],

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qatcli.errors import InputError, QatError
 from qatcli.evaluation.opening import open_candidate
@@ -73,15 +75,31 @@ def test_a_head_of_its_own_is_said_to_be_one(packed: Packed, tmp_path: Path) -> 
     assert read_config(tmp_path / "out")["tie_word_embeddings"] is False
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
 @pytest.mark.parametrize(
-    ("family", "words"),
-    [("gemma3_text", "float16, which the activations of gemma3_text leave"), ("falcon", "MLX export knows llama, ")],
+    ("changed", "words"),
+    [
+        ({"model_type": "gemma3_text"}, "float16, which the activations of gemma3_text leave"),
+        ({"model_type": "falcon"}, "MLX export knows llama, "),
+        ({"rope_parameters": {**YARN, "attention_factor": 0.9}}, r"rotary embedding: \{'attention_factor': 0\.9\}"),
+        ({"model_type": "phi3", "rope_parameters": LONGROPE}, r"rotary embedding: \{'rope_type': 'longrope'\}"),
+        ({"hidden_act": "gelu"}, "with silu, this model has gelu"),
+    ],
 )
-def test_families_that_it_would_not_compute_are_refused(packed: Packed, family: str, words: str) -> None:
-    other = replace(packed(4), config={**packed(4).config, "model_type": family})
+def test_models_that_it_would_compute_otherwise_are_refused(
+    packed: Packed, changed: dict[str, Any], words: str
+) -> None:
+    other = replace(packed(4), config={**packed(4).config, **changed})
     with pytest.raises(QatError, match=words) as refused:
         mlx.refuse(other, OPTIONS)
     assert "gguf" in (refused.value.hint or "")
+
+
+def test_yarn_that_says_no_more_than_mlx_assumes_is_not_refused(packed: Packed) -> None:
+    mlx.refuse(replace(packed(4), config={**packed(4).config, "rope_parameters": dict(YARN)}), OPTIONS)
 
 
 @pytest.mark.parametrize("group_size", [-1, 16])
@@ -105,20 +123,48 @@ def test_a_scale_of_0_is_refused(packed: Packed, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sliding_window_is_said_to_be_none(packed: Packed) -> None:
-    config = {**packed(4).config, "model_type": "mistral", "sliding_window": 4096}
-    row = deployment.mlx(replace(packed(4), config=config))[0]
-    assert "within 4096 tokens" in row.remark
-    assert "tokens" not in deployment.mlx(replace(packed(4), config={**config, "use_sliding_window": False}))[0].remark
+@pytest.mark.parametrize(
+    ("family", "settings", "said"),
+    [
+        ("mistral", {}, "within 4096 tokens"),
+        ("mistral", {"sliding_window": None}, ""),
+        ("qwen2", {"sliding_window": 64}, ""),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": True}, "within 64 tokens"),
+    ],
+)
+def test_a_sliding_window_is_said_to_be_none(packed: Packed, family: str, settings: dict[str, Any], said: str) -> None:
+    """Where the config is silent, its class has one or not."""
+    row = deployment.mlx(replace(packed(4), config={**packed(4).config, "model_type": family, **settings}))[0]
+    assert said in row.remark
+    assert ("tokens" in row.remark) == bool(said)
 
 
-def test_mlx_checkpoints_are_not_read(packed: Packed, tmp_path: Path) -> None:
+def test_a_file_without_its_settings_is_a_difference(packed: Packed, tmp_path: Path) -> None:
     FORMATS["mlx"].write(packed(4), tmp_path / "out", OPTIONS)
-    for read in (
-        lambda: open_candidate(str(tmp_path / "out"), torch.device("cpu")),
-        lambda: import_checkpoint(tmp_path / "out", tmp_path / "imported"),
-    ):
-        with pytest.raises(InputError, match="is an MLX checkpoint, which is only written") as refused:
-            read()
-        assert "mlx_lm.perplexity" in (refused.value.hint or "")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]["bits"] == 4
+    config = read_config(tmp_path / "out")
+    del config["quantization"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    found = FORMATS["mlx"].verify(packed(4), tmp_path / "out", OPTIONS)
+    assert any("config.json does not say how" in difference for difference in found.differences)
+
+
+def test_offsets_of_another_tool_are_not_imported(packed: Packed, tmp_path: Path) -> None:
+    """They need not be whole steps, and are not rounded to some."""
+    FORMATS["mlx"].write(packed(4), tmp_path / "out", OPTIONS)
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj"
+    tensors[f"{name}.biases"] += tensors[f"{name}.scales"] / 2
+    save_file(tensors, file, metadata={"format": "mlx"})
+    with pytest.raises(InputError, match=f"{name} does not fit the MLX layout: .* biases are no multiples"):
+        import_checkpoint(tmp_path / "out", tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize("said", [5, "4bits", [4]])
+def test_odd_settings_are_an_error_that_names_the_file(packed: Packed, tmp_path: Path, said: object) -> None:
+    FORMATS["mlx"].write(packed(4), tmp_path / "out", OPTIONS)
+    config = {**read_config(tmp_path / "out"), "quantization": said}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"config\.json: its quantization is malformed"):
+        open_candidate(str(tmp_path / "out"), torch.device("cpu"))
