@@ -44,7 +44,7 @@ def not_carried(rope: dict[str, Any]) -> dict[str, Any]:
 def earlier_keys(config: dict[str, Any]) -> dict[str, Any]:
     """The keys before `rope_parameters` that say the same: rope_theta, rope_scaling and what else is apart from them.
 
-    None for settings by kind of layer that had no keys before, or no family.
+    Nothing where kinds of layers have settings of their own, but for the families that had keys for these.
     """
     family, rope = config.get("model_type", ""), config.get("rope_parameters") or {}
     both = family in _TWO_ATTENTIONS

@@ -74,6 +74,7 @@ def import_checkpoint(path: Path, out: Path) -> None:
             symmetric=symmetric,
             scale_dtype=scale_dtype,
         )
+        config.pop("quantization", None)  # MLX's, which no longer describes the tensors
         writer.close({**config, "quantization_config": quantization})
         copy_companions(path, work)
 

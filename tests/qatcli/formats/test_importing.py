@@ -58,6 +58,7 @@ def test_our_own_exports_come_back(
     import_checkpoint(tmp_path / "export", tmp_path / "packed")
     _same(PackedCheckpoint.open(tmp_path / "packed"), checkpoint)
     assert (tmp_path / "packed" / "tokenizer.json").is_file()
+    assert "quantization" not in PackedCheckpoint.open(tmp_path / "packed").config
 
 
 def _rewrite(
