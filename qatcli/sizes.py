@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qatcli.formats.importing.linears import VALUES
+from qatcli.formats.importing.linears import OF_MLX, VALUES
 from qatcli.linear import PackedLinear
 from qatcli.packed import PACKED, SCALE, ZERO_POINT, ModuleQuant, PackedCheckpoint
 from qatcli.shards import TensorEntry, read_header, shard_map
@@ -46,7 +46,10 @@ def model_size(files: Path, model: Any) -> dict[str, int | float | None]:
     shards = set(shard_map(files).values()) if files.is_dir() else set()
     total = sum(file.stat().st_size for file in [files / name for name in shards] or [files])
     tensors = {name: entry.bytes for name, entry in _headers(files, shards).items()}
-    packed = sum(size for name, size in tensors.items() if name.endswith(tuple(f".{part}" for part in VALUES)))
+    of_mlx = {
+        f"{name.removesuffix('.biases')}.{part}" for name in tensors if name.endswith(".biases") for part in OF_MLX
+    }
+    packed = sum(size for name, size in tensors.items() if name.rpartition(".")[2] in VALUES or name in of_mlx)
     quantized = sum(quant.weights for quant in _quants(model))
     return {
         "file_bytes": total,

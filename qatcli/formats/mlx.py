@@ -65,10 +65,8 @@ def refuse(checkpoint: PackedCheckpoint, options: ExportOptions) -> None:
         raise QatError(f"MLX export knows {', '.join(FAMILIES)}, not {family}", hint=_HINT)
     config = source.full_config(checkpoint.config).to_dict()
     rope = rope_parameters(config)
-    lost = not_carried(rope)
-    if rope["rope_type"] not in FAMILIES[family]:
-        lost["rope_type"] = rope["rope_type"]
-    if lost:
+    kind = {} if rope["rope_type"] in FAMILIES[family] else {"rope_type": rope["rope_type"]}
+    if lost := not_carried(rope) | kind:
         raise QatError(f"mlx-lm does not compute these settings of {family}'s rotary embedding: {lost}", hint=_HINT)
     if config["hidden_act"] != "silu":
         raise QatError(f"mlx-lm computes {family} with silu, this model has {config['hidden_act']}", hint=_HINT)
