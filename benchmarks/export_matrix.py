@@ -40,15 +40,8 @@ COLUMNS = (
 )
 INTEGERS = ExportOptions(runtimes=False, awq_promote=True)
 LIBRARIES = (
-    "torch",
-    "transformers",
-    "gptqmodel",
-    "optimum",
-    "compressed-tensors",
-    "mlx",
-    "mlx-lm",
-    "gguf",
-    "xllamacpp",
+    *("torch", "transformers", "gptqmodel", "optimum", "compressed-tensors"),
+    *("mlx", "mlx-lm", "gguf", "xllamacpp"),
 )
 Row = dict[str, Any]
 

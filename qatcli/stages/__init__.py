@@ -291,9 +291,9 @@ def open_model(job: Job) -> ModelSource:
 
     source = open_source(**job.recipe.model.model_dump())
     config = read_config(source.path)
-    if said := {"quantization_config", "quantization"} & {key for key, value in config.items() if value}:
+    if "quantization_config" in config or config.get("quantization"):
         raise InputError(
-            f"model.source {job.recipe.model.source} is quantized already: its config.json has a {said.pop()}",
+            f"model.source {job.recipe.model.source} is quantized already: its config.json says so",
             hint="give the full-precision model; `qat import` and `qat eval` read quantized ones",
         )
     made_from = _fingerprint(job.source)

@@ -83,7 +83,7 @@ def read_linear(tensors: Mapping[str, Tensor], storage: Storage, columns: int) -
     if storage.name == "MLX":
         weight = tensors["weight"].numpy()
         bits = weight.shape[1] * 32 // columns
-        return readback.mlx(weight, scale, tensors["biases"].numpy(), bits=bits), bits
+        return readback.mlx(weight, scale, _scale(tensors["biases"]), bits=bits), bits
     qweight = tensors["qweight"].numpy()
     if storage.name == "BitBLAS":
         zeros = tensors["qzeros" if "qzeros" in tensors else "zeros"].numpy()

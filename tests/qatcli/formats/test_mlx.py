@@ -148,13 +148,16 @@ def test_a_file_without_its_settings_is_a_difference(packed: Packed, tmp_path: P
     assert any("config.json does not say how" in difference for difference in found.differences)
 
 
-def test_offsets_of_another_tool_are_not_imported(packed: Packed, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_offsets_of_another_tool_are_not_imported(packed: Packed, tmp_path: Path, dtype: torch.dtype) -> None:
     """They need not be whole steps, and are not rounded to some."""
     FORMATS["mlx"].write(packed(4), tmp_path / "out", OPTIONS)
     file = tmp_path / "out" / "model.safetensors"
     tensors = load_file(file)
     name = "model.layers.1.mlp.up_proj"
     tensors[f"{name}.biases"] += tensors[f"{name}.scales"] / 2
+    for part in ("scales", "biases"):
+        tensors[f"{name}.{part}"] = tensors[f"{name}.{part}"].to(dtype)
     save_file(tensors, file, metadata={"format": "mlx"})
     with pytest.raises(InputError, match=f"{name} does not fit the MLX layout: .* biases are no multiples"):
         import_checkpoint(tmp_path / "out", tmp_path / "imported")
