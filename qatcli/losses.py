@@ -7,6 +7,7 @@ fp32, and the gradient is made with the loss.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +19,35 @@ TINY = 1e-12  # energy of a token that has none
 ROWS = 64  # tokens whose fp32 logits exist at a time; with 50k tokens of vocabulary about a CPU's cache
 
 
+@dataclass(frozen=True)
+class Likeliest:
+    """The k likeliest tokens of N distributions, int [N, k], and their log-probabilities [N, k]."""
+
+    tokens: Tensor
+    log_probabilities: Tensor
+
+    def spread(self, rows: Tensor, ours: Tensor) -> Tensor:
+        """Log-probabilities [R, V] of the distributions `rows`: what they leave to all other tokens is spread over
+        these as `ours` [R, V] has it. So the divergence is that of k + 1 events, and its gradient, too."""
+        tokens = self.tokens.index_select(0, rows).long()
+        known = self.log_probabilities.index_select(0, rows).float()
+        others = ours.scatter(1, tokens, -torch.inf)
+        left = (1 - known.exp().sum(-1, keepdim=True)).clamp_min(TINY).log()
+        return others.add_(left - others.logsumexp(-1, keepdim=True)).scatter_(1, tokens, known)
+
+
 def token_loss(
-    student: Tensor, teacher: Tensor | None, tokens: Tensor, mask: Tensor, *, text_weight: float = 0.0
+    student: Tensor, teacher: Tensor | Likeliest | None, tokens: Tensor, mask: Tensor, *, text_weight: float = 0.0
 ) -> Tensor:
     """Sum over target tokens of (1 - text_weight) KL(teacher || student) + text_weight cross-entropy(text).
 
-    Logits [B, T, V]; position t predicts token t + 1, which counts when its mask is true. Without a teacher it is the
-    cross-entropy alone. tokens and mask may be on the host, where the number of targets is known without waiting.
+    Logits [B, T, V]; position t predicts token t + 1, which counts when its mask is true. Of a teacher the logits or,
+    of its B T positions, the likeliest tokens; without one it is the cross-entropy alone. tokens and mask may be on the
+    host, where the number of targets is known without waiting.
     """
     counted, text = F.pad(mask[:, 1:], (0, 1)).flatten().nonzero().flatten(), tokens.roll(-1, 1).flatten()
     counted, text = (each.to(student.device, non_blocking=True) for each in (counted, text))
-    theirs = None if teacher is None else teacher.flatten(0, 1)
+    theirs = teacher.flatten(0, 1) if isinstance(teacher, Tensor) else teacher
     weight = 1.0 if teacher is None else text_weight
     loss: Tensor = _TokenLoss.apply(student.flatten(0, 1), theirs, text, counted, weight)
     return loss
@@ -69,7 +88,9 @@ class _TokenLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor | None, text: Tensor, counted: Tensor, w: float) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor | Likeliest | None, text: Tensor, counted: Tensor, w: float
+    ) -> Tensor:
         gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         for rows in counted.split(ROWS):
@@ -77,7 +98,10 @@ class _TokenLoss(torch.autograd.Function):
             if teacher is None:
                 target = torch.zeros_like(ours)
             else:
-                theirs = F.log_softmax(teacher.index_select(0, rows).float(), dim=-1)
+                if isinstance(teacher, Likeliest):
+                    theirs = teacher.spread(rows, ours)
+                else:
+                    theirs = F.log_softmax(teacher.index_select(0, rows).float(), dim=-1)
                 target = theirs.exp().mul_(1 - w)
                 total += torch.sum(theirs.sub_(ours).mul_(target))
             if w:

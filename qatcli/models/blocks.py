@@ -8,7 +8,7 @@ recorded from the model's own forward pass, so no family needs code of ours.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +93,40 @@ class BlockModel:
         with self.prelude(device, dtype) as (base, record):
             base(input_ids=torch.zeros(1, seq_len, dtype=torch.long, device=device), use_cache=False)
             return [record.arguments[i] for i in range(len(self))]
+
+    @contextmanager
+    def head(self, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from the last block's outputs [B, T, H] to logits [B, T, V]: all that follows the blocks.
+
+        InputError when the checkpoint calls the output layer otherwise than transformers does (GPT-NeoX).
+        """
+        model = self.skeleton
+        output = model.get_output_embeddings()
+        (name,) = (name for name, module in model.named_modules() if module is output)
+        parameters = [f"{name}.{each}" for each, _ in output.named_parameters()]
+        with self.prelude(device, dtype) as (_, record):
+            for each in parameters:
+                if each.endswith(".weight") and model.config.get_text_config().tie_word_embeddings:
+                    value = model.get_input_embeddings().weight
+                elif each in self.source.shards:
+                    value = self.source.tensors([each])[each].to(device, dtype)
+                else:
+                    raise InputError(
+                        f"{self.source.path} has no tensor `{each}`: it calls its output layer otherwise",
+                        hint="leave out e2e_qp.teacher_top_k, for which this layer is read by itself",
+                    )
+                _set_parameter(model, each, value)
+
+            def logits(hidden: Tensor) -> Tensor:
+                record.passed_on = hidden
+                found = model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long, device=device), use_cache=False)
+                return torch.as_tensor(found.logits)
+
+            try:
+                yield logits
+            finally:
+                for each in parameters:  # a tied one has two names, of which `prelude` sees the first
+                    _set_parameter(model, each, model.get_parameter(each).to("meta"))
 
     def _blocks(self) -> nn.ModuleList:
         return self.skeleton.get_submodule(self.prefix)

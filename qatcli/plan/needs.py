@@ -24,6 +24,7 @@ from qatcli.formats.runtimes import too_large
 from qatcli.packed import ModuleQuant
 from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
 from qatcli.recipe import DataSource, Recipe
+from qatcli.teacher import KEPT_BYTES, PART
 from qatcli.training import compute_dtype
 
 FP32 = 4
@@ -92,11 +93,19 @@ class Setting:
         """Whether block-ap has a block's successor at hand."""
         return self.recipe.block_ap.lookahead and len(self.model) > 1
 
+    @property
+    def keeps_teacher(self) -> bool:
+        """Whether e2e-qp makes files of full precision's likeliest tokens before it trains."""
+        return self.recipe.e2e_qp.teacher_top_k is not None and self.recipe.e2e_qp.text_weight < 1
+
     def streams(self, stage: str) -> list[Stream]:
         """The activation streams of a stage, in the order in which it makes them."""
-        calibrate, model = self.recipe.calibrate, self.model
+        calibrate, end, model = self.recipe.calibrate, self.recipe.e2e_qp, self.model
         window = calibrate.seq_len * model.hidden * self.dtype(self.recipe.block_ap.amp).itemsize
-        if stage == "calibrate":
+        if stage == "e2e-qp" and self.keeps_teacher:
+            window = end.seq_len * model.hidden * self.dtype(end.amp).itemsize
+            wanted = {"full precision": min(PART, max(end.samples, end.validation_samples))}
+        elif stage == "calibrate":
             wanted = {"inputs": min(calibrate.moment_samples, calibrate.samples)}
         elif stage == "block-ap":
             kinds = ("targets", "inputs", "next block's targets")[: 3 if self.looks_ahead else 2]
@@ -172,7 +181,7 @@ def block_ap(s: Setting) -> list[Phase]:
 
 
 def e2e_qp(s: Setting) -> list[Phase]:
-    """Train the scales of the whole packed model, beside the full-precision teacher."""
+    """Train the scales of the whole packed model, beside the full-precision teacher or after it."""
     config, model = s.recipe.e2e_qp, s.model
     dtype = s.dtype(config.amp)
     rows = config.micro_batch_size * config.seq_len
@@ -180,7 +189,7 @@ def e2e_qp(s: Setting) -> list[Phase]:
     unpacked = groups  # zero points, uint8
     student = sum(packed_bytes(q, scale=FP32) for q in model.linears.values()) + unpacked
     student += FP32 * (model.total - _quantized(model))
-    teacher = model.total * dtype.itemsize if config.text_weight < 1 else 0
+    teacher = model.total * dtype.itemsize if config.text_weight < 1 and not s.keeps_teacher else 0
     passes = model.passes("packed", config.micro_batch_size, config.seq_len, torch.float32, dtype)
     if config.gradient_checkpointing:
         kept = len(model) * rows * model.hidden * FP32 + passes.training
@@ -196,8 +205,26 @@ def e2e_qp(s: Setting) -> list[Phase]:
     work = {"activations": kept, "logits": copies, "head": head}
     return [
         _text(config.data or s.recipe.calibrate.data),
+        *(_kept_teacher(s, config.teacher_top_k) if config.teacher_top_k and s.keeps_teacher else ()),
         Phase("loading", models, {}, loading),
         Phase("training", models, work, {"tokenizer": TOKENIZER}),
+    ]
+
+
+def _kept_teacher(s: Setting, top_k: int) -> list[Phase]:
+    """Run full precision block by block, and keep the likeliest tokens of a part of the windows at a time."""
+    config, model = s.recipe.e2e_qp, s.model
+    dtype = s.dtype(config.amp)
+    inside, beside = s.held("e2e-qp")
+    block, ends = model.block_sizes[model.largest], model.outside
+    forward = model.passes("dense", SWEEP_BATCH, config.seq_len, dtype, dtype).forward
+    logits = config.seq_len * model.vocabulary * dtype.itemsize
+    kept = {"likeliest tokens": min(PART, config.samples) * config.seq_len * top_k * KEPT_BYTES}
+    read = _read(s, beside, block, tokenizer=TOKENIZER)
+    return [
+        _first_inputs(s, inside, beside, tokenizer=TOKENIZER),
+        Phase("full precision", {**inside, "block": dtype.itemsize * block}, {"work": forward}, read),
+        Phase("its head", {**inside, "embedding and head": dtype.itemsize * ends}, {"logits": logits}, beside | kept),
     ]
 
 
@@ -286,7 +313,8 @@ def disk_bytes(s: Setting, stage: str, variant: str = "") -> int:
     if stage == "e2e-qp":
         windows = (recipe.e2e_qp.samples + recipe.e2e_qp.validation_samples) * recipe.e2e_qp.seq_len
         state = 4 * FP32 * groups_of(model.linears.values())  # now, best, two moments; a new one beside the old
-        return training + 4 * windows + 2 * state
+        kept = (recipe.e2e_qp.teacher_top_k or 0) * KEPT_BYTES if s.keeps_teacher else 0
+        return training + (4 + kept) * windows + 2 * state
     return training
 
 

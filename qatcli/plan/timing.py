@@ -77,14 +77,12 @@ def work(s: Setting) -> dict[str, Work]:
         squares = sum(q.in_features**2 for q in model.linears.values())
         blocks += 2.0 * moments * calibrate.seq_len * squares
     steps = block.epochs * -(-train // block.batch_size)
-    teacher = int(end.text_weight < 1)
     backward = 3 if end.gradient_checkpointing else 2
-    windows = end.epochs * end.samples * (1 + backward + teacher)
-    windows += (
-        end.validation_samples
-        * (1 + teacher)
-        * (1 + end.epochs * end.samples // (end.batch_size * end.checkpoint_every))
-    )
+    checks = 1 + end.epochs * end.samples // (end.batch_size * end.checkpoint_every)
+    read, checked = end.epochs * end.samples, end.validation_samples * checks
+    windows = read * (1 + backward) + checked
+    if end.text_weight < 1:
+        windows += end.samples + end.validation_samples if s.keeps_teacher else read + checked
     return {
         "calibrate": Work(_forward(model, inside, moments, calibrate.seq_len), search),
         "block-ap": Work(blocks, (search if block.rounding == "gptq" else 0) + STEP_PASSES * FP32 * steps * inside),

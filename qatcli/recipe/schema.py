@@ -155,8 +155,7 @@ class CacheSection(Section):
     """Where the activations of all windows live while a block is trained."""
 
     device_gb: Annotated[Rate, Field(le=1e6)] | None = None
-    """GPU memory that the activations may use, in GiB; null is half of what is free when the stage starts. Without
-    meaning on a CPU."""
+    """GPU memory that the activations may use, in GiB; null is half of what is free when the stage starts."""
     host_gb: Annotated[Rate, Field(le=1e6)] | None = None
     """Host memory that the activations may use beyond that, in GiB, pinned for a GPU; null is half of what is available
     when the stage starts, control groups respected."""
@@ -175,11 +174,9 @@ class BlockApSection(Section):
     """`mse` of the block's output; `relative`: each token's squared error over its squared norm; `downstream`: the same
     with channels weighted as later linears weight them. So a few massive activations do not hide the rest."""
     lookahead: bool = True
-    """Train for the mean of this error and of the one after the next block in full precision. Takes about 1.6 times
-    as long."""
+    """Train for the mean of this error and of the one after the next full-precision block. Takes 1.6 times as long."""
     rounding: Literal["nearest", "gptq"] = "nearest"
-    """First rounding of the weights: to nearest, or with GPTQ's error feedback, which is better only where nothing is
-    trained (`epochs: 0`)."""
+    """First rounding: to nearest, or with GPTQ's error feedback, better only where nothing is trained (`epochs: 0`)."""
     lr_units: Literal["reach", "absolute"] = "reach"
     """Unit of the `lr_` keys. `absolute`: the peak rate given to AdamW. `reach`: the whole distance over which the
     cosine schedule lets Adam move a parameter. The peak rate is derived from it, so a recipe means the same for any
@@ -207,7 +204,7 @@ class BlockApSection(Section):
     compile: bool | None = None
     """`torch.compile` the blocks that train; null does so on a GPU. Results differ by rounding."""
     cache: CacheSection = CacheSection()
-    """Where the activations live, those of `calibrate` too."""
+    """Where the activations live, those of `calibrate` and `e2e_qp.teacher_top_k` too."""
 
 
 class E2eQpSection(Section):
@@ -230,6 +227,9 @@ class E2eQpSection(Section):
     text_weight: Annotated[float, Number, Field(ge=0, le=1)] = 0.25
     """What is learned: this much the text's next token, the rest the full-precision model's distribution of it. 0 is
     distillation alone, 1 the text alone (which needs no second model)."""
+    teacher_top_k: Count | None = None
+    """Keep this many of the likeliest next tokens by full precision, computed block by block before the training, in
+    files of 6 bytes for each. null computes all of them, with the whole model in memory beside the quantized one."""
     train: Annotated[tuple[Literal["scales", "norms"], ...], Field(min_length=1)] = ("scales",)
     """Parameters that train."""
     lr_units: Literal["reach", "absolute"] = "reach"

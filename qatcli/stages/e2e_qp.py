@@ -2,8 +2,8 @@
 
 Reads:  quantized (a packed checkpoint with fp32 scales); windows are sampled here, so any packed checkpoint will do.
 Writes: quantized, with new scales (and norms, if the recipe trains them); codes and zero points bit for bit the same.
-The target is a mixture of the text and the full-precision model's next-token distribution, which is computed beside
-the student. An interrupted run continues from the last optimizer checkpoint, on a CPU bit for bit.
+The target is a mixture of the text and the full-precision model's next-token distribution (`qatcli.teacher`). An
+interrupted run continues from the last optimizer checkpoint, on a CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qatcli.activations import stream_budget
 from qatcli.attention import use_tiled_attention
 from qatcli.data import Windows, load_windows, sample_windows, save_windows
 from qatcli.data.store import FILE as WINDOWS
@@ -27,12 +28,14 @@ from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear
 from qatcli.losses import token_loss
 from qatcli.memory import release_memory
+from qatcli.models.blocks import open_blocks
 from qatcli.models.source import load_tokenizer
 from qatcli.packed import SCALE, PackedCheckpoint, copy_companions, write_config
 from qatcli.recipe.schema import E2eQpSection
 from qatcli.shards import INDEX, load_state, load_tensors, save_state, save_tensors
 from qatcli.stages import Job, open_model
 from qatcli.stepper import Stepper
+from qatcli.teacher import Beside, KeptTeacher, Teacher
 from qatcli.training import Schedule, autocast, compute_dtype, parameter_group, scale_unit
 
 STATE = "resume.safetensors"  # removed once the stage is committed
@@ -45,6 +48,7 @@ def run(job: Job) -> dict[str, Any]:
     checkpoint = PackedCheckpoint.open(job.input.path)
     train, held_out = _windows(job)
     dtype = compute_dtype(config.amp, job.device)
+    teacher = _teacher(job, {"train": train.tokens, "validation": held_out.tokens}, dtype)
     trust = recipe.model.trust_remote_code
     student = load_packed(job.input.path, dtype=torch.float32, device=job.device, trust_remote_code=trust)
     student.config.use_cache = False
@@ -54,13 +58,9 @@ def run(job: Job) -> dict[str, Any]:
         name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
         enable = getattr(student, f"{name}_checkpointing_enable")
         enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
-    teacher = None
-    if config.text_weight < 1:
-        teacher = open_model(job).load_model(dtype, job.device)
-        use_tiled_attention(teacher, job.device)
     trained = trained_parameters(student, config)
-    trainer = _Trainer(student, teacher, trained, config, held_out, dtype, job)
-    metrics = trainer.train(train)
+    trainer = _Trainer(student, teacher, trained, config, {"train": train, "validation": held_out}, dtype, job)
+    metrics = trainer.train()
     _write(job, checkpoint, {name: parameter.detach() for name, parameter in trained.items()})
     return metrics
 
@@ -85,15 +85,15 @@ class _Trainer:
     """The loop and its state: what has to survive an interruption is exactly what `_save` writes."""
 
     student: nn.Module
-    teacher: nn.Module | None
+    teacher: Teacher | None
     trained: dict[str, nn.Parameter]
     config: E2eQpSection
-    held_out: Windows
+    windows: dict[str, Windows]  # "train" and "validation"
     dtype: torch.dtype
     job: Job
 
-    def train(self, text: Windows) -> dict[str, Any]:
-        config, log = self.config, self.job.log
+    def train(self) -> dict[str, Any]:
+        config, log, text = self.config, self.job.log, self.windows["train"]
         per_epoch = -(-len(text) // config.batch_size)
         steps = config.epochs * per_epoch
         schedule = Schedule.of(steps, min_lr_factor=config.min_lr_factor, warmup=config.warmup)
@@ -112,7 +112,7 @@ class _Trainer:
             made, saved = start, time.monotonic()
             for step in range(start, steps):
                 made = step + 1
-                loss = self._update(stepper, step, text, self._batch(step, per_epoch, len(text)))
+                loss = self._update(stepper, step, self._batch(step, per_epoch, len(text)))
                 log.event("step", step=made, loss=loss, backoffs=stepper.backoffs)
                 if stepper.exhausted:
                     break
@@ -141,44 +141,42 @@ class _Trainer:
             "backoffs": stepper.backoffs,
         }
 
-    def _update(self, stepper: Stepper, step: int, text: Windows, batch: Tensor) -> float:
+    def _update(self, stepper: Stepper, step: int, batch: Tensor) -> float:
         """Update `step` on the windows `batch`; the mean loss, whether or not the step was taken."""
         # For the dropout of models that have one: like the batch, a function of the step alone.
         torch.manual_seed(self.job.recipe.calibrate.seed * 1_000_003 + step)
         stepper.begin(step)
-        targets = max(1, text[batch].targets)
+        targets = max(1, self.windows["train"][batch].targets)
         total = torch.zeros((), dtype=torch.float64, device=self.job.device)
         for part in batch.split(self.config.micro_batch_size):
-            loss = self._loss(text[part], stepper.dtype) / targets
+            loss = self._loss("train", part, stepper.dtype) / targets
             stepper.backward(loss)
             total += loss.detach()
         stepper.finish(total)
         stepper.settle()  # an update takes seconds: waiting for it once costs nothing
         return float(total)
 
-    def _loss(self, text: Windows, dtype: torch.dtype) -> Tensor:
-        """Sum of the loss over the target tokens."""
-        device, tokens = self.job.device, text.tokens.long()
-        inputs = {"input_ids": tokens.to(device, non_blocking=True), "use_cache": False}
-        target = None
-        if self.teacher is not None:
-            with torch.no_grad(), autocast(device, self.dtype):
-                target = self.teacher(**inputs).logits
+    def _loss(self, split: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sum of the loss over the target tokens of these windows."""
+        device, text = self.job.device, self.windows[split][rows]
+        tokens = text.tokens.long()
+        target = self.teacher(split, rows) if self.teacher is not None else None
         with autocast(device, dtype):
-            logits = self.student(**inputs).logits
+            logits = self.student(input_ids=tokens.to(device, non_blocking=True), use_cache=False).logits
         return token_loss(logits, target, tokens, text.mask, text_weight=self.config.text_weight)
 
     @torch.no_grad()
     def validate(self, dtype: torch.dtype) -> float:
         """Mean loss per target token on the held-out windows."""
-        if not len(self.held_out):
+        held_out = self.windows["validation"]
+        if not len(held_out):
             return float("nan")
         self.student.eval()
         total = 0.0
-        for part in torch.arange(len(self.held_out)).split(self.config.micro_batch_size):
-            total += float(self._loss(self.held_out[part], dtype))
+        for part in torch.arange(len(held_out)).split(self.config.micro_batch_size):
+            total += float(self._loss("validation", part, dtype))
         self.student.train(self.config.gradient_checkpointing)
-        return total / max(1, self.held_out.targets)
+        return total / max(1, held_out.targets)
 
     def _batch(self, step: int, per_epoch: int, count: int) -> Tensor:
         """The windows of update `step`: a function of the step alone, so that a resume needs no sampler state."""
@@ -243,6 +241,25 @@ class _Trainer:
         """Checkpoint name, parameter and its best value, of the parameters whose rate is not zero."""
         names = {id(parameter): name for name, parameter in self.trained.items()}
         return [(names[id(p)], p, best) for p, best in zip(stepper.parameters, stepper.best, strict=True)]
+
+
+def _teacher(job: Job, windows: dict[str, Tensor], dtype: torch.dtype) -> Teacher | None:
+    """The full-precision model, or what is kept of it, which is made here; None where the text alone is learned."""
+    config, cache, device = job.recipe.e2e_qp, job.recipe.block_ap.cache, job.device
+    if config.text_weight == 1:
+        return None
+    source = open_model(job)
+    if config.teacher_top_k is None:
+        whole = source.load_model(dtype, device)
+        use_tiled_attention(whole, device)
+        return Beside(whole, windows, device, dtype)
+    model, kept = open_blocks(source), KeptTeacher(job.out, windows, config.teacher_top_k, device)
+    use_tiled_attention(model.skeleton, device)
+    budget = stream_budget(device, Path(cache.dir or job.out), device_gb=cache.device_gb, host_gb=cache.host_gb)
+    with job.log.progress("e2e-qp: the full-precision model", len(model) * len(kept.parts())) as bar:
+        kept.make(model, budget, dtype, bar)
+    release_memory()
+    return kept
 
 
 def _windows(job: Job) -> tuple[Windows, Windows]:

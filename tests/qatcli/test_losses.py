@@ -11,6 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from qatcli.losses import (
     ROWS,
+    Likeliest,
     downstream_error,
     relative_error,
     squared_error,
@@ -129,6 +130,56 @@ def test_gradients_are_those_of_the_definition(text_weight: float) -> None:
     (loss / 7).backward()
     assert float(found.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
     torch.testing.assert_close(ours.grad, exact.grad, check_dtype=False, rtol=1e-4, atol=1e-6)
+
+
+def likeliest(teacher: Tensor, k: int) -> Likeliest:
+    best = teacher.flatten(0, 1).log_softmax(-1).topk(k)
+    return Likeliest(best.indices.int(), best.values)
+
+
+@pytest.mark.parametrize("text_weight", [0, 0.3])
+@pytest.mark.parametrize("k", [1, 4, 10])
+def test_of_likeliest_tokens_all_others_are_one_event(k: int, text_weight: float) -> None:
+    """The divergence, and its gradient, is that of distributions of k + 1 events."""
+    tokens = torch.randint(0, 11, (3, 2 * ROWS // 3 + 7))
+    mask = torch.rand(tokens.shape) < 0.8
+    student, teacher = torch.randn(2, *tokens.shape, 11).mul(3).unbind(0)
+    ours = student.clone().requires_grad_(True)
+    found = token_loss(ours, likeliest(teacher, k), tokens, mask, text_weight=text_weight)
+    (found / 7).backward()
+
+    exact = student.double().requires_grad_(True)
+    p, q = (each[:, :-1][mask[:, 1:]].double().softmax(-1) for each in (teacher, exact))
+    best = p.topk(k).indices
+    p, q = (torch.cat([each.gather(1, best), 1 - each.gather(1, best).sum(-1, keepdim=True)], -1) for each in (p, q))
+    entropy = -exact[:, :-1][mask[:, 1:]].log_softmax(-1).gather(1, tokens[:, 1:][mask[:, 1:]][:, None]).sum()
+    loss = (1 - text_weight) * (p * (p / q).log()).sum() + text_weight * entropy
+    (loss / 7).backward()
+    assert float(found.detach()) == pytest.approx(float(loss.detach()), rel=1e-4)
+    torch.testing.assert_close(ours.grad, exact.grad, check_dtype=False, rtol=1e-3, atol=1e-5)
+
+
+def test_the_likeliest_of_all_tokens_are_the_distribution(batch: tuple[Tensor, ...]) -> None:
+    student, teacher, tokens, mask = batch
+    results = []
+    for target in (teacher, likeliest(teacher, 7)):
+        ours = student.clone().requires_grad_(True)
+        loss = token_loss(ours, target, tokens, mask, text_weight=0.3)
+        loss.backward()
+        results.append((loss.detach(), ours.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_a_token_that_is_certain_leaves_nothing_to_the_others(batch: tuple[Tensor, ...]) -> None:
+    student, _, tokens, mask = batch
+    ours = student.clone().requires_grad_(True)
+    certain = Likeliest(torch.full((10, 1), 2), torch.zeros(10, 1, dtype=torch.float16))
+    loss = token_loss(ours, certain, tokens, mask)
+    loss.backward()
+    counted = student[:, :-1][mask[:, 1:]]
+    assert float(loss.detach()) == pytest.approx(-float(counted.log_softmax(-1)[:, 2].sum()), rel=1e-5)
+    assert ours.grad is not None
+    assert bool(ours.grad.isfinite().all())
 
 
 def test_relative_error_is_each_tokens_error_over_its_energy() -> None:

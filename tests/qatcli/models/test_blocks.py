@@ -89,6 +89,47 @@ def test_the_blocks_of_odd_families_are_the_model_too(config_class: str, windows
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+# What some families do to logits after the output layer.
+BEHIND = {
+    "gemma2-softcap": ("Gemma2Config", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
+    "granite-scale": ("GraniteConfig", {"logits_scaling": 3.0}),
+    "cohere-scale": ("CohereConfig", {"logit_scale": 0.25}),
+}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *BEHIND])
+def test_the_head_makes_the_models_logits(name: str, save_random_model: Callable[..., Path], windows: Tensor) -> None:
+    config_class, overrides = {**FAMILIES, **BEHIND}[name]
+    folder = save_random_model(config_class, **overrides)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=FP32).eval()
+    model = open_blocks(open_source(str(folder)))
+    hidden = run_all_blocks(model, windows)
+    with torch.no_grad():
+        expected = whole(input_ids=windows.long()).logits
+        for _ in range(2):  # of a tied head the first leaves nothing behind
+            with model.head(CPU, FP32) as head:
+                logits = torch.cat([head(each[None]) for each in hidden])
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+            held = [name for name, _ in model.skeleton.named_parameters(remove_duplicate=False)]
+            assert [name for name in held if not model.skeleton.get_parameter(name).is_meta] == []
+
+
+@pytest.mark.parametrize("config_class", ODD)
+def test_the_head_of_odd_families(config_class: str, windows: Tensor, tmp_path: Path) -> None:
+    config = getattr(transformers, config_class)(vocab_size=61, **ODD[config_class][1])
+    whole = AutoModelForCausalLM.from_config(config, dtype=FP32).eval()
+    whole.save_pretrained(tmp_path)
+    model = open_blocks(open_source(str(tmp_path)))
+    hidden = run_all_blocks(model, windows)
+    if config_class == "GPTNeoXConfig":
+        with pytest.raises(InputError, match="calls its output layer otherwise"), model.head(CPU, FP32):
+            pass
+        return
+    with torch.no_grad(), model.head(CPU, FP32) as head:
+        expected = whole(input_ids=windows.long()).logits
+        torch.testing.assert_close(head(hidden), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_no_parameter_stays_in_memory(family: Path, windows: Tensor) -> None:
     model = open_blocks(open_source(str(family)))
     assert all(parameter.is_meta for parameter in model.skeleton.parameters())

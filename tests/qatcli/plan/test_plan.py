@@ -89,6 +89,28 @@ def phase_bytes(recipe: Recipe, stage: str) -> list[int]:
     return [sum(phase.parts(on_cpu=True).values()) for phase in MEMORY[stage](s)]
 
 
+def test_a_teacher_that_is_kept_is_on_the_disk_and_not_beside_the_student(recipe: Callable[..., Recipe]) -> None:
+    def made(**section: Any) -> tuple[dict[str, int], int, float]:
+        s = setting(recipe(e2e_qp={"validation_samples": 16, **section}), GPU, Path("runs"))
+        training = next(phase for phase in MEMORY["e2e-qp"](s) if phase.name == "training")
+        return training.parts(on_cpu=False), disk_bytes(s, "e2e-qp"), work(s)["e2e-qp"].operations
+
+    (beside, disk, operations), (after, more, fewer) = made(), made(teacher_top_k=8)
+    assert beside["teacher"] > 0
+    assert "teacher" not in after
+    assert after["logits"] * 3 == beside["logits"] * 2
+    assert more - disk == (4096 + 16) * 64 * 8 * 6
+    assert fewer < operations  # held-out windows are read once
+
+
+def test_the_stream_of_a_kept_teacher_is_placed(recipe: Callable[..., Recipe]) -> None:
+    cache = {"device_gb": 0, "host_gb": 0}
+    (stream,) = planned(recipe(e2e_qp={"teacher_top_k": 8}, block_ap={"cache": cache}), "e2e-qp", GPU).streams
+    assert stream.place == "file"
+    assert stream.bytes == 256 * 64 * 32 * 4
+    assert planned(recipe(e2e_qp={"teacher_top_k": 8, "text_weight": 1}), "e2e-qp", GPU).streams == ()
+
+
 def test_a_gpu_takes_what_a_cpu_has_in_its_own_memory(recipe: Callable[..., Recipe]) -> None:
     on_cpu, on_gpu = (planned(recipe(), "block-ap", device) for device in (CPU, GPU))
     assert on_cpu.device is None

@@ -152,6 +152,24 @@ def test_scales_train_and_nothing_else_changes(
         assert metrics[figure] == pytest.approx(held_out_loss(model, held_out, teacher, text_weight), rel=1e-4)
 
 
+def test_the_likeliest_tokens_teach_as_the_whole_model_does(stage: Callable[..., Job]) -> None:
+    """All of them to rounding, a few of them nearly; what they are is kept until the stage is committed."""
+    whole, all_kept, few = stage("whole"), stage("all", teacher_top_k=VOCABULARY), stage("few", teacher_top_k=20)
+    expected, found, nearly = (run(job) for job in (whole, all_kept, few))
+    for figure in ("before", "after"):
+        assert found[figure] == pytest.approx(expected[figure], rel=1e-3)
+        assert 0 < nearly[figure] < expected[figure]  # fewer events are less apart
+    before, plain, kept, some = (all_tensors(path) for path in (whole.input.path, whole.out, all_kept.out, few.out))
+    moved, other, another = (
+        torch.cat([(tensors[name] - before[name]).flatten() for name in before if name.endswith("_scale")])
+        for tensors in (plain, kept, some)
+    )
+    assert float((other - moved).norm() / moved.norm()) < 0.02
+    assert 0 < float((another - moved).norm() / moved.norm()) < 0.5
+    names = {file.name for file in few.out.glob("resume.teacher*")}
+    assert names == {f"resume.teacher-{split}-00000.safetensors" for split in ("train", "validation")}
+
+
 def test_norms_that_train_are_written(stage: Callable[..., Job]) -> None:
     job = stage(train=["scales", "norms"], lr_norms=0.1, text_weight=1, samples=32)
     metrics = run(job)
