@@ -69,7 +69,7 @@ E2E_QP: Rows = (
     ("without the text", ["e2e_qp.text_weight=0"]),
     ("without bounded steps", ["e2e_qp.max_step=null"]),
     ("without best iterate", ["e2e_qp.keep_best=false"]),
-    *((f"from the {count} likeliest tokens", [f"e2e_qp.teacher_top_k={count}"]) for count in (256, 64, 16, 4)),
+    *((f"from {count} tokens", [f"e2e_qp.teacher_tokens={count}"]) for count in (256, 16, 4)),
     ("with norms", ["e2e_qp.train=[scales,norms]", "e2e_qp.lr_norms=0.05"]),
 )
 PUBLISHED_E2E_QP: Rows = (

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 import typer
 from torch import Tensor
 
@@ -35,7 +36,6 @@ from qatcli.blocktrain import (
 )
 from qatcli.data import sample_windows
 from qatcli.grid import initial_grid
-from qatcli.losses import token_loss
 from qatcli.models.blocks import BlockModel, open_blocks
 from qatcli.models.readers import readers_behind, stream_readers
 from qatcli.models.source import open_source
@@ -57,7 +57,6 @@ class Setting:
     blocks: range
     inputs: tuple[Tensor, Tensor]
     targets: list[tuple[Tensor, Tensor]]
-    tokens: Tensor
     logits: Tensor
     device: torch.device
 
@@ -111,9 +110,7 @@ def _prepare(recipe: Recipe, blocks: range, device: torch.device) -> Setting:
         if index in blocks:
             targets.append((flows[0].clone(), flows[1].clone()))
     network = source.load_model(torch.float32, device)
-    setting = Setting(
-        model, network, arguments, readers, blocks, inputs, targets, windows.validation.long(), torch.empty(0), device
-    )
+    setting = Setting(model, network, arguments, readers, blocks, inputs, targets, torch.empty(0), device)
     return Setting(**{**vars(setting), "logits": _logits(setting, targets[-1][1])})
 
 
@@ -154,9 +151,8 @@ def _quantize(recipe: Recipe, setting: Setting) -> tuple[float, list[BlockResult
         )
         for flow in (train, held_out):
             advance_stream(flow, block, arguments, batch_size=4, device=device)
-    tokens, mask = setting.tokens, torch.ones_like(setting.tokens, dtype=torch.bool)
-    total = float(token_loss(_logits(setting, held_out), setting.logits, tokens, mask))
-    return total / int(mask[:, 1:].sum()), results
+    ours, theirs = (each[:, :-1].log_softmax(-1).flatten(0, 1) for each in (_logits(setting, held_out), setting.logits))
+    return float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True)), results
 
 
 @torch.no_grad()

@@ -20,37 +20,34 @@ ROWS = 64  # tokens whose fp32 logits exist at a time; with 50k tokens of vocabu
 
 
 @dataclass(frozen=True)
-class Likeliest:
-    """The k likeliest tokens of N distributions, int [N, k], and their log-probabilities [N, k]."""
+class SparseTarget:
+    """N distributions, of each k weighted tokens: tokens int [N, k], weights fp32 [N, k] that add up to one, and the
+    entropy [N] of the whole distribution in nats, by which the cross-entropy exceeds the divergence."""
 
     tokens: Tensor
-    log_probabilities: Tensor
-
-    def spread(self, rows: Tensor, ours: Tensor) -> Tensor:
-        """Log-probabilities [R, V] of the distributions `rows`: what they leave to all other tokens is spread over
-        these as `ours` [R, V] has it. So the divergence is that of k + 1 events, and its gradient, too."""
-        tokens = self.tokens.index_select(0, rows).long()
-        known = self.log_probabilities.index_select(0, rows).float()
-        others = ours.scatter(1, tokens, -torch.inf)
-        left = (1 - known.exp().sum(-1, keepdim=True)).clamp_min(TINY).log()
-        return others.add_(left - others.logsumexp(-1, keepdim=True)).scatter_(1, tokens, known)
+    weights: Tensor
+    entropy: Tensor
 
 
 def token_loss(
-    student: Tensor, teacher: Tensor | Likeliest | None, tokens: Tensor, mask: Tensor, *, text_weight: float = 0.0
+    student: Tensor, teacher: SparseTarget | None, tokens: Tensor, mask: Tensor, *, text_weight: float = 0.0
 ) -> Tensor:
     """Sum over target tokens of (1 - text_weight) KL(teacher || student) + text_weight cross-entropy(text).
 
-    Logits [B, T, V]; position t predicts token t + 1, which counts when its mask is true. Of a teacher the logits or,
-    of its B T positions, the likeliest tokens; without one it is the cross-entropy alone. tokens and mask may be on the
-    host, where the number of targets is known without waiting.
+    Logits [B, T, V] and the teacher's B T distributions; position t predicts token t + 1, which counts when its mask is
+    true. Without a teacher it is the cross-entropy alone. tokens and mask may be on the host, where the number of
+    targets is known without waiting.
     """
     counted, text = F.pad(mask[:, 1:], (0, 1)).flatten().nonzero().flatten(), tokens.roll(-1, 1).flatten()
     counted, text = (each.to(student.device, non_blocking=True) for each in (counted, text))
-    theirs = teacher.flatten(0, 1) if isinstance(teacher, Tensor) else teacher
-    weight = 1.0 if teacher is None else text_weight
-    loss: Tensor = _TokenLoss.apply(student.flatten(0, 1), theirs, text, counted, weight)
-    return loss
+    kept, weights = text[:, None], torch.ones(len(text), 1, device=student.device)
+    entropy: Tensor | float = 0.0
+    if teacher is not None:
+        kept = torch.cat([teacher.tokens.long(), kept], -1)
+        weights = torch.cat([teacher.weights * (1 - text_weight), weights * text_weight], -1)
+        entropy = (1 - text_weight) * teacher.entropy.index_select(0, counted).double().sum()
+    crossed: Tensor = _CrossEntropy.apply(student.flatten(0, 1), kept, weights, counted)
+    return (crossed - entropy).float()
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
@@ -81,40 +78,27 @@ def downstream_error(output: Tensor, target: Tensor, readers: Tensor) -> Tensor:
         return ((output.float() - target).square() * weights).sum(-1)
 
 
-class _TokenLoss(torch.autograd.Function):
-    """Sum over the rows `counted` of (1 - w) KL(softmax(teacher) || softmax(student)) - w log softmax(student)[text].
+class _CrossEntropy(torch.autograd.Function):
+    """Minus the sum over the rows `counted` of weights [N, k] times log softmax(student [N, V]) at tokens [N, k].
 
-    The gradient of a row is softmax(student) - (1 - w) softmax(teacher) - w onehot(text).
+    The weights of a row add up to one: its gradient is softmax(student) less the weights at their tokens.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor | Likeliest | None, text: Tensor, counted: Tensor, w: float
-    ) -> Tensor:
+    def forward(ctx: Any, student: Tensor, tokens: Tensor, weights: Tensor, counted: Tensor) -> Tensor:
         gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         for rows in counted.split(ROWS):
             ours = F.log_softmax(student.index_select(0, rows).float(), dim=-1)
-            if teacher is None:
-                target = torch.zeros_like(ours)
-            else:
-                if isinstance(teacher, Likeliest):
-                    theirs = teacher.spread(rows, ours)
-                else:
-                    theirs = F.log_softmax(teacher.index_select(0, rows).float(), dim=-1)
-                target = theirs.exp().mul_(1 - w)
-                total += torch.sum(theirs.sub_(ours).mul_(target))
-            if w:
-                index = text[rows, None]
-                total -= w * ours.gather(1, index).sum()
-                target.scatter_add_(1, index, torch.full_like(target[:, :1], w))
+            at, weight = tokens.index_select(0, rows), weights.index_select(0, rows)
+            total -= torch.sum(ours.gather(1, at).mul_(weight))
             if gradient is not None:
-                gradient.index_copy_(0, rows, ours.exp_().sub_(target).to(gradient.dtype))
+                gradient.index_copy_(0, rows, ours.exp_().scatter_add_(1, at, -weight).to(gradient.dtype))
         ctx.save_for_backward(gradient)
-        return total.float()
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad_out.to(gradient.dtype)), None, None, None, None
+        return gradient.mul_(grad_out.to(gradient.dtype)), None, None, None

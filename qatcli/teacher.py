@@ -1,63 +1,53 @@
 """What the end-to-end stage learns of the full-precision model: its distribution of every next token.
 
-    Beside           its logits, computed next to the student whenever they are asked for
-    KeptTeacher      the likeliest tokens of each distribution, made before the student is there and read from files
-
-The second needs one block of the model in memory, not all of it. What it does not keep of a distribution counts as one
-event, whose probability is kept (`qatcli.losses.Likeliest`).
+Made before the student is there, block by block, so that no more than one block of the model is ever in memory; kept
+in files, a few weighted tokens of each distribution. Half of them are the likeliest, with their probabilities; the
+others are drawn from the rest, as likely as they are, and share its probability. So the expected gradient is that of
+the whole distribution: 64 tokens teach as well as all do, where the 64 likeliest with the rest as one event taught a
+2-bit model less (LOG.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from qatcli.activations import SWEEP_BATCH, StreamBudget, advance_stream, check_range, fill_streams
-from qatcli.losses import ROWS, Likeliest
+from qatcli.activations import (
+    SWEEP_BATCH,
+    StreamBudget,
+    advance_stream,
+    check_range,
+    fill_streams,
+    in_order,
+    read_batches,
+)
+from qatcli.losses import ROWS, TINY, SparseTarget
 from qatcli.models.blocks import BlockModel
 from qatcli.progress import Bar
 from qatcli.shards import load_state, save_state
 from qatcli.training import autocast
 
 PART = 256  # windows that go through the blocks together: so often all weights are read, so large is the stream
-KEPT_BYTES = 6  # of a kept token: its number and its log-probability
-Teacher = Callable[[str, Tensor], Tensor | Likeliest]  # of rows of the windows "train" or "validation"
+KEPT_BYTES = 6  # of a kept token: its number and its weight
 
 
 @dataclass(frozen=True)
-class Beside:
-    """Logits [B, T, V] of the whole model, which stays in memory."""
-
-    model: Any
-    windows: Mapping[str, Tensor]
-    device: torch.device
-    dtype: torch.dtype
-
-    @torch.no_grad()
-    def __call__(self, split: str, rows: Tensor) -> Tensor:
-        tokens = self.windows[split][rows].to(self.device, torch.long, non_blocking=True)
-        with autocast(self.device, self.dtype):
-            logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
-        return logits
-
-
-@dataclass(frozen=True)
-class KeptTeacher:
-    """The `top_k` likeliest tokens of every position of `windows` {split: int [S, T]}, in files in `directory`.
+class Teacher:
+    """`kept` tokens of every position's distribution in `windows` {split: int [S, T]}, in files in `directory`.
 
     A file holds PART windows, and is what an interrupted `make` continues from.
     """
 
     directory: Path
     windows: Mapping[str, Tensor]
-    top_k: int
+    kept: int
+    seed: int
     device: torch.device
 
     def parts(self) -> list[tuple[Path, Tensor]]:
@@ -75,14 +65,14 @@ class KeptTeacher:
         InputError when a file that is there is damaged, DivergedError when fp16 does not hold the hidden states.
         """
         parts = self.parts()
-        missing = [(file, tokens) for file, tokens in parts if not self._is_there(file)]
+        missing = [(index, *part) for index, part in enumerate(parts) if not self._is_there(part[0])]
         bar.advance(len(model) * (len(parts) - len(missing)), reused=True)
         if not missing:
             return
-        shape = (max(len(tokens) for _, tokens in missing), missing[0][1].shape[1], model.hidden_size)
+        shape = (max(len(tokens) for _, _, tokens in missing), missing[0][2].shape[1], model.hidden_size)
         stream = budget.allocate("full-precision", shape, dtype)
         arguments = model.block_arguments(shape[1], self.device, torch.float32)
-        for file, tokens in missing:
+        for part, file, tokens in missing:
             hidden = stream[: len(tokens)]
             fill_streams([hidden], model, tokens, self.device, dtype)
             for index, given in enumerate(arguments):
@@ -91,20 +81,19 @@ class KeptTeacher:
                 del block  # before the next is there
                 bar.advance(tokens=tokens.numel())
             check_range(hidden, "the last block")
-            found = list(self._likeliest(model, hidden, dtype))
-            names = ("tokens", "log_probabilities")
-            save_state(
-                file, {name: torch.stack(each) for name, each in zip(names, zip(*found, strict=True), strict=True)}
-            )
+            generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + part)
+            made = [vars(each) for each in self._distributions(model, hidden, dtype, generator)]
+            save_state(file, {name: torch.stack([each[name] for each in made]) for name in made[0]})
 
-    def __call__(self, split: str, rows: Tensor) -> Likeliest:
+    def __call__(self, split: str, rows: Tensor) -> SparseTarget:
         """Those of the windows `rows` int [B], one position of a window behind the other."""
-        tokens, log_probabilities = [], []
+        found = []
         for index, place in (divmod(row, PART) for row in rows.tolist()):
             with safe_open(self._file(split, index), framework="pt") as handle:
-                tokens.append(handle.get_slice("tokens")[place])
-                log_probabilities.append(handle.get_slice("log_probabilities")[place])
-        return Likeliest(*(torch.cat(each).to(self.device, non_blocking=True) for each in (tokens, log_probabilities)))
+                found.append([handle.get_slice(field.name)[place] for field in fields(SparseTarget)])
+        parts = (torch.cat(each).to(self.device, non_blocking=True) for each in zip(*found, strict=True))
+        kept = SparseTarget(*parts)
+        return replace(kept, weights=F.normalize(kept.weights.float(), p=1, dim=-1))  # but for fp16's rounding it is so
 
     def _file(self, split: str, index: int) -> Path:
         return self.directory / f"resume.teacher-{split}-{index:05d}.safetensors"
@@ -112,13 +101,30 @@ class KeptTeacher:
     def _is_there(self, file: Path) -> bool:
         return file.is_file() and bool(load_state(file))
 
-    def _likeliest(self, model: BlockModel, hidden: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each window's last hidden states, the likeliest tokens int32 [T, k] and their log-probabilities fp16."""
+    def _distributions(
+        self, model: BlockModel, hidden: Tensor, dtype: torch.dtype, generator: torch.Generator
+    ) -> Iterator[SparseTarget]:
+        """What is kept of each window's T distributions, from the last block's outputs."""
         with model.head(self.device, dtype) as head:
-            for window in hidden:
+            for (window,) in read_batches([hidden], in_order(len(hidden), 1), self.device):
                 with autocast(self.device, dtype):
-                    logits = head(window[None].to(self.device))[0]
-                count = min(self.top_k, logits.shape[-1])
-                best = [F.log_softmax(rows.float(), dim=-1).topk(count) for rows in logits.split(ROWS)]
-                tokens, values = (torch.cat([each[at] for each in best]).cpu() for at in (1, 0))
-                yield tokens.int(), values.half()
+                    logits = head(window)[0]
+                yield keep_tokens(logits, self.kept, generator)
+
+
+def keep_tokens(logits: Tensor, kept: int, generator: torch.Generator) -> SparseTarget:
+    """`kept` tokens, or all if there are no more, of each of the distributions of logits [T, V]."""
+    drawn = kept // 2 if kept < logits.shape[-1] else 0
+    found = []
+    for rows in logits.split(ROWS):  # few of them in fp32 at a time
+        log_p = F.log_softmax(rows.float(), dim=-1)
+        p = log_p.exp()
+        entropy = -p.mul(log_p).sum(-1)
+        weights, tokens = p.topk(min(kept, p.shape[-1]) - drawn)
+        if drawn:
+            rest = p.scatter(1, tokens, 0).clamp_min_(TINY)
+            tokens = torch.cat([tokens, rest.multinomial(drawn, replacement=True, generator=generator)], -1)
+            share = (1 - weights.sum(-1, keepdim=True)).clamp_min(0) / drawn
+            weights = torch.cat([weights, share.expand(-1, drawn)], -1)
+        found.append((tokens.int(), weights.half(), entropy))
+    return SparseTarget(*(torch.cat(each).cpu() for each in zip(*found, strict=True)))

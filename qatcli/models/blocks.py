@@ -98,7 +98,7 @@ class BlockModel:
     def head(self, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function from the last block's outputs [B, T, H] to logits [B, T, V]: all that follows the blocks.
 
-        InputError when the checkpoint calls the output layer otherwise than transformers does (GPT-NeoX).
+        InputError when the checkpoint has no output layer that this could be.
         """
         model = self.skeleton
         output = model.get_output_embeddings()
@@ -108,13 +108,9 @@ class BlockModel:
             for each in parameters:
                 if each.endswith(".weight") and model.config.get_text_config().tie_word_embeddings:
                     value = model.get_input_embeddings().weight
-                elif each in self.source.shards:
-                    value = self.source.tensors([each])[each].to(device, dtype)
                 else:
-                    raise InputError(
-                        f"{self.source.path} has no tensor `{each}`: it calls its output layer otherwise",
-                        hint="leave out e2e_qp.teacher_top_k, for which this layer is read by itself",
-                    )
+                    stored = self._stored_name(each)
+                    value = self.source.tensors([stored])[stored].to(device, dtype)
                 _set_parameter(model, each, value)
 
             def logits(hidden: Tensor) -> Tensor:
@@ -127,6 +123,22 @@ class BlockModel:
             finally:
                 for each in parameters:  # a tied one has two names, of which `prelude` sees the first
                     _set_parameter(model, each, model.get_parameter(each).to("meta"))
+
+    def _stored_name(self, name: str) -> str:
+        """What the checkpoint calls a parameter of the output layer: as the model does, or else (GPT-NeoX) the one
+        tensor of its kind and shape that the model has no parameter for."""
+        if name in self.source.shards:
+            return name
+        model, kind = self.skeleton, name.rpartition(".")[2]
+        known, shape = {each for each, _ in model.named_parameters()}, tuple(model.get_parameter(name).shape)
+        left = [each for each in self.outside_names() if each not in known and each.endswith(f".{kind}")]
+        left = [each for each in left if self.source.shapes[each] == shape]
+        if len(left) != 1:
+            raise InputError(
+                f"{self.source.path} has no tensor `{name}`, the model's output layer",
+                hint="copy the checkpoint again, or learn from the text alone: e2e_qp.text_weight 1",
+            )
+        return left[0]
 
     def _blocks(self) -> nn.ModuleList:
         return self.skeleton.get_submodule(self.prefix)

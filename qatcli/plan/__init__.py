@@ -30,8 +30,7 @@ KNOBS = {
     "calibrate": "lower calibrate.moment_samples, calibrate.seq_len or block_ap.cache.host_gb",
     "block-ap": "lower block_ap.batch_size, calibrate.seq_len, or block_ap.cache.device_gb and host_gb, which puts "
     "activations into files",
-    "e2e-qp": "lower e2e_qp.micro_batch_size or e2e_qp.seq_len, set e2e_qp.gradient_checkpointing, or "
-    "e2e_qp.teacher_top_k to 64, which needs no second model in memory",
+    "e2e-qp": "lower e2e_qp.micro_batch_size or e2e_qp.seq_len, or set e2e_qp.gradient_checkpointing",
     "pack": "close other programs",
     "export": "set export.runtimes to false, which leaves logits uncompared",
     "eval": "lower eval.perplexity's seq_len or eval.zero_shot.batch_tokens, set eval.kl: false, or cut eval.baselines",

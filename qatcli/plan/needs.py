@@ -94,15 +94,15 @@ class Setting:
         return self.recipe.block_ap.lookahead and len(self.model) > 1
 
     @property
-    def keeps_teacher(self) -> bool:
-        """Whether e2e-qp makes files of full precision's likeliest tokens before it trains."""
-        return self.recipe.e2e_qp.teacher_top_k is not None and self.recipe.e2e_qp.text_weight < 1
+    def has_teacher(self) -> bool:
+        """Whether e2e-qp learns from full precision."""
+        return self.recipe.e2e_qp.text_weight < 1
 
     def streams(self, stage: str) -> list[Stream]:
         """The activation streams of a stage, in the order in which it makes them."""
         calibrate, end, model = self.recipe.calibrate, self.recipe.e2e_qp, self.model
         window = calibrate.seq_len * model.hidden * self.dtype(self.recipe.block_ap.amp).itemsize
-        if stage == "e2e-qp" and self.keeps_teacher:
+        if stage == "e2e-qp" and self.has_teacher:
             window = end.seq_len * model.hidden * self.dtype(end.amp).itemsize
             wanted = {"full precision": min(PART, max(end.samples, end.validation_samples))}
         elif stage == "calibrate":
@@ -181,7 +181,7 @@ def block_ap(s: Setting) -> list[Phase]:
 
 
 def e2e_qp(s: Setting) -> list[Phase]:
-    """Train the scales of the whole packed model, beside the full-precision teacher or after it."""
+    """Write down what full precision teaches, then train the scales of the whole packed model."""
     config, model = s.recipe.e2e_qp, s.model
     dtype = s.dtype(config.amp)
     rows = config.micro_batch_size * config.seq_len
@@ -189,37 +189,34 @@ def e2e_qp(s: Setting) -> list[Phase]:
     unpacked = groups  # zero points, uint8
     student = sum(packed_bytes(q, scale=FP32) for q in model.linears.values()) + unpacked
     student += FP32 * (model.total - _quantized(model))
-    teacher = model.total * dtype.itemsize if config.text_weight < 1 and not s.keeps_teacher else 0
     passes = model.passes("packed", config.micro_batch_size, config.seq_len, torch.float32, dtype)
     if config.gradient_checkpointing:
         kept = len(model) * rows * model.hidden * FP32 + passes.training
     else:
         kept = (len(model) - 1) * passes.kept + passes.training
     logits = rows * model.vocabulary * dtype.itemsize
-    copies = (3 if teacher else 2) * logits  # the student's and their gradient, the teacher's
     head = model.vocabulary * model.hidden * dtype.itemsize if dtype != torch.float32 else 0
-    loading = {"mapped checkpoint": model.total * model.dtype.itemsize if teacher else 0, "tokenizer": TOKENIZER}
     # Of the scales: gradients, Adam's moments, the best state; by reach also their units, and what they were in a step.
     copies_of_scales = 6 if config.lr_units == "reach" else 4
-    models = {"student": student, "teacher": teacher, "scales": copies_of_scales * FP32 * groups}
-    work = {"activations": kept, "logits": copies, "head": head}
+    models = {"student": student, "scales": copies_of_scales * FP32 * groups}
+    work = {"activations": kept, "logits and their gradient": 2 * logits, "head": head}
     return [
         _text(config.data or s.recipe.calibrate.data),
-        *(_kept_teacher(s, config.teacher_top_k) if config.teacher_top_k and s.keeps_teacher else ()),
-        Phase("loading", models, {}, loading),
+        *(_teacher(s) if s.has_teacher else ()),
+        Phase("loading", models, {}, {"tokenizer": TOKENIZER}),
         Phase("training", models, work, {"tokenizer": TOKENIZER}),
     ]
 
 
-def _kept_teacher(s: Setting, top_k: int) -> list[Phase]:
-    """Run full precision block by block, and keep the likeliest tokens of a part of the windows at a time."""
+def _teacher(s: Setting) -> list[Phase]:
+    """Run full precision block by block, and keep tokens of its distributions for a part of the windows at a time."""
     config, model = s.recipe.e2e_qp, s.model
     dtype = s.dtype(config.amp)
     inside, beside = s.held("e2e-qp")
     block, ends = model.block_sizes[model.largest], model.outside
     forward = model.passes("dense", SWEEP_BATCH, config.seq_len, dtype, dtype).forward
     logits = config.seq_len * model.vocabulary * dtype.itemsize
-    kept = {"likeliest tokens": min(PART, config.samples) * config.seq_len * top_k * KEPT_BYTES}
+    kept = {"kept tokens": min(PART, config.samples) * config.seq_len * config.teacher_tokens * KEPT_BYTES}
     read = _read(s, beside, block, tokenizer=TOKENIZER)
     return [
         _first_inputs(s, inside, beside, tokenizer=TOKENIZER),
@@ -313,7 +310,7 @@ def disk_bytes(s: Setting, stage: str, variant: str = "") -> int:
     if stage == "e2e-qp":
         windows = (recipe.e2e_qp.samples + recipe.e2e_qp.validation_samples) * recipe.e2e_qp.seq_len
         state = 4 * FP32 * groups_of(model.linears.values())  # now, best, two moments; a new one beside the old
-        kept = (recipe.e2e_qp.teacher_top_k or 0) * KEPT_BYTES if s.keeps_teacher else 0
+        kept = recipe.e2e_qp.teacher_tokens * KEPT_BYTES if s.has_teacher else 0
         return training + (4 + kept) * windows + 2 * state
     return training
 

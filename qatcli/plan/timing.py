@@ -79,10 +79,8 @@ def work(s: Setting) -> dict[str, Work]:
     steps = block.epochs * -(-train // block.batch_size)
     backward = 3 if end.gradient_checkpointing else 2
     checks = 1 + end.epochs * end.samples // (end.batch_size * end.checkpoint_every)
-    read, checked = end.epochs * end.samples, end.validation_samples * checks
-    windows = read * (1 + backward) + checked
-    if end.text_weight < 1:
-        windows += end.samples + end.validation_samples if s.keeps_teacher else read + checked
+    windows = end.epochs * end.samples * (1 + backward) + end.validation_samples * checks
+    windows += (end.samples + end.validation_samples) * s.has_teacher
     return {
         "calibrate": Work(_forward(model, inside, moments, calibrate.seq_len), search),
         "block-ap": Work(blocks, (search if block.rounding == "gptq" else 0) + STEP_PASSES * FP32 * steps * inside),

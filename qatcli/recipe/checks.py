@@ -94,12 +94,6 @@ def _data_keys_have_effect(recipe: Recipe) -> Iterator[Problem]:
                     yield Problem((*place, key), "has no effect beside `files`", getattr(source, key))
 
 
-def _teacher_is_asked(recipe: Recipe) -> Iterator[Problem]:
-    kept = recipe.e2e_qp.teacher_top_k
-    if kept is not None and recipe.e2e_qp.text_weight == 1:
-        yield Problem(("e2e_qp", "teacher_top_k"), "has no effect with text_weight 1: only the text is learned", kept)
-
-
 def _batches_fit_samples(recipe: Recipe) -> Iterator[Problem]:
     for section, size, samples in (
         ("block_ap", recipe.block_ap.batch_size, recipe.calibrate.samples),
@@ -180,7 +174,6 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (_gguf_file_is_there, ("model.source", "model.gguf_file")),
     (_data_keys_have_effect, ("calibrate.data", "e2e_qp.data")),
     (_micro_batch_divides, ("e2e_qp.batch_size", "e2e_qp.micro_batch_size")),
-    (_teacher_is_asked, ("method", "e2e_qp.text_weight", "e2e_qp.teacher_top_k")),
     (_batches_fit_samples, ("block_ap.batch_size", "calibrate.samples", "e2e_qp.batch_size", "e2e_qp.samples")),
     (_moments_are_measured, ("quant.init", "block_ap.rounding", "calibrate.moment_samples")),
     (_rates_match_units, ("method", *(f"{s}.{key}" for s in ("block_ap", "e2e_qp") for key in _RATES))),

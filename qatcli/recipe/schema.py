@@ -204,7 +204,7 @@ class BlockApSection(Section):
     compile: bool | None = None
     """`torch.compile` the blocks that train; null does so on a GPU. Results differ by rounding."""
     cache: CacheSection = CacheSection()
-    """Where the activations live, those of `calibrate` and `e2e_qp.teacher_top_k` too."""
+    """Where the activations live, those of `calibrate` and `e2e_qp.teacher_tokens` too."""
 
 
 class E2eQpSection(Section):
@@ -226,10 +226,10 @@ class E2eQpSection(Section):
     """Windows per forward pass; divides `batch_size`. Changes memory and speed, not the result."""
     text_weight: Annotated[float, Number, Field(ge=0, le=1)] = 0.25
     """What is learned: this much the text's next token, the rest the full-precision model's distribution of it. 0 is
-    distillation alone, 1 the text alone (which needs no second model)."""
-    teacher_top_k: Count | None = None
-    """Keep this many of the likeliest next tokens by full precision, computed block by block before the training, in
-    files of 6 bytes for each. null computes all of them, with the whole model in memory beside the quantized one."""
+    distillation alone, 1 the text alone."""
+    teacher_tokens: Annotated[int, Number, Field(ge=2)] = 64
+    """Tokens that are kept of each of these distributions, half the likeliest and half drawn from the rest: 6 bytes
+    each on disk. They are made before the training, block by block; the expected gradient is that of all tokens."""
     train: Annotated[tuple[Literal["scales", "norms"], ...], Field(min_length=1)] = ("scales",)
     """Parameters that train."""
     lr_units: Literal["reach", "absolute"] = "reach"

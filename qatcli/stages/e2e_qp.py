@@ -35,7 +35,7 @@ from qatcli.recipe.schema import E2eQpSection
 from qatcli.shards import INDEX, load_state, load_tensors, save_state, save_tensors
 from qatcli.stages import Job, open_model
 from qatcli.stepper import Stepper
-from qatcli.teacher import Beside, KeptTeacher, Teacher
+from qatcli.teacher import Teacher
 from qatcli.training import Schedule, autocast, compute_dtype, parameter_group, scale_unit
 
 STATE = "resume.safetensors"  # removed once the stage is committed
@@ -244,22 +244,18 @@ class _Trainer:
 
 
 def _teacher(job: Job, windows: dict[str, Tensor], dtype: torch.dtype) -> Teacher | None:
-    """The full-precision model, or what is kept of it, which is made here; None where the text alone is learned."""
+    """What is kept of the full-precision model, which is made here; None where the text alone is learned."""
     config, cache, device = job.recipe.e2e_qp, job.recipe.block_ap.cache, job.device
     if config.text_weight == 1:
         return None
-    source = open_model(job)
-    if config.teacher_top_k is None:
-        whole = source.load_model(dtype, device)
-        use_tiled_attention(whole, device)
-        return Beside(whole, windows, device, dtype)
-    model, kept = open_blocks(source), KeptTeacher(job.out, windows, config.teacher_top_k, device)
+    model = open_blocks(open_model(job))
     use_tiled_attention(model.skeleton, device)
+    teacher = Teacher(job.out, windows, config.teacher_tokens, job.recipe.calibrate.seed, device)
     budget = stream_budget(device, Path(cache.dir or job.out), device_gb=cache.device_gb, host_gb=cache.host_gb)
-    with job.log.progress("e2e-qp: the full-precision model", len(model) * len(kept.parts())) as bar:
-        kept.make(model, budget, dtype, bar)
-    release_memory()
-    return kept
+    with job.log.progress("e2e-qp: the full-precision model", len(model) * len(teacher.parts())) as bar:
+        teacher.make(model, budget, dtype, bar)
+    release_memory()  # its stream
+    return teacher
 
 
 def _windows(job: Job) -> tuple[Windows, Windows]:

@@ -11,7 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from qatcli.losses import (
     ROWS,
-    Likeliest,
+    SparseTarget,
     downstream_error,
     relative_error,
     squared_error,
@@ -22,6 +22,13 @@ from qatcli.losses import (
 def log_softmax(logits: list[float]) -> list[float]:
     total = math.log(math.fsum(math.exp(value) for value in logits))
     return [value - total for value in logits]
+
+
+def whole(teacher: Tensor) -> SparseTarget:
+    """All tokens of a teacher's distributions [B, T, V], in another order."""
+    p = teacher.float().flatten(0, 1).softmax(-1)
+    best = p.sort(descending=True)
+    return SparseTarget(best.indices.int(), best.values, -torch.xlogy(p, p).sum(-1))
 
 
 @pytest.fixture
@@ -51,13 +58,13 @@ def test_kl_is_from_the_teacher_to_the_student_at_each_target(batch: tuple[Tenso
                 log_p = log_softmax(teacher[row, position - 1].tolist())
                 log_q = log_softmax(student[row, position - 1].tolist())
                 expected += math.fsum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True))
-    assert float(token_loss(student, teacher, tokens, mask)) == pytest.approx(expected, rel=1e-5)
+    assert float(token_loss(student, whole(teacher), tokens, mask)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_kl_of_equal_distributions_is_zero_with_zero_gradient(batch: tuple[Tensor, ...]) -> None:
     student, _, tokens, mask = batch
     student.requires_grad_(True)
-    loss = token_loss(student, student.detach() + 3.0, tokens, mask)  # the same distribution, shifted logits
+    loss = token_loss(student, whole(student.detach() + 3.0), tokens, mask)  # the same distribution, shifted logits
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
     assert student.grad is not None
@@ -68,7 +75,7 @@ def test_kl_of_equal_distributions_is_zero_with_zero_gradient(batch: tuple[Tenso
 def test_only_positions_before_a_target_matter(batch: tuple[Tensor, ...], with_teacher: bool) -> None:
     student, teacher, tokens, mask = batch
     student.requires_grad_(True)
-    token_loss(student, teacher if with_teacher else None, tokens, mask).backward()
+    token_loss(student, whole(teacher) if with_teacher else None, tokens, mask).backward()
     assert student.grad is not None
     touched = student.grad.abs().sum(-1) > 0
     expected = torch.cat([mask[:, 1:], torch.zeros(2, 1, dtype=torch.bool)], dim=1)
@@ -80,14 +87,14 @@ def test_no_target_is_no_loss(batch: tuple[Tensor, ...], with_teacher: bool) -> 
     student, teacher, tokens, mask = batch
     mask = torch.zeros_like(mask)
     mask[:, 0] = True
-    assert float(token_loss(student, teacher if with_teacher else None, tokens, mask)) == 0
+    assert float(token_loss(student, whole(teacher) if with_teacher else None, tokens, mask)) == 0
 
 
 def test_losses_of_bf16_logits_are_computed_in_fp32(batch: tuple[Tensor, ...]) -> None:
     student, teacher, tokens, mask = (t.bfloat16() if t.is_floating_point() else t for t in batch)
-    for target in (None, teacher):
+    for target in (None, whole(teacher)):
         loss = token_loss(student, target, tokens, mask)
-        exact = token_loss(student.float(), None if target is None else target.float(), tokens, mask)
+        exact = token_loss(student.float(), target, tokens, mask)
         assert loss.dtype == torch.float32
         assert float(loss) == float(exact)
 
@@ -96,15 +103,18 @@ def test_losses_of_bf16_logits_are_computed_in_fp32(batch: tuple[Tensor, ...]) -
 def test_a_gpu_is_not_waited_for(batch: tuple[Tensor, ...]) -> None:
     """Which tokens count is known on the host: asking the device would wait for the whole forward pass."""
     student, teacher, tokens, mask = batch
-    on_device = student.cuda().requires_grad_()
+    on_device, there = (
+        student.cuda().requires_grad_(),
+        SparseTarget(*(each.cuda() for each in vars(whole(teacher)).values())),
+    )
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss = token_loss(on_device, teacher.cuda(non_blocking=True), tokens, mask, text_weight=0.5)
+        loss = token_loss(on_device, there, tokens, mask, text_weight=0.5)
         loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     student.requires_grad_()
-    expected = token_loss(student, teacher, tokens, mask, text_weight=0.5)
+    expected = token_loss(student, whole(teacher), tokens, mask, text_weight=0.5)
     expected.backward()
     torch.testing.assert_close(loss.cpu(), expected)
     torch.testing.assert_close(on_device.grad.cpu(), student.grad)  # type: ignore[union-attr]
@@ -119,7 +129,7 @@ def test_gradients_are_those_of_the_definition(text_weight: float) -> None:
     assert int(mask[:, 1:].sum()) % ROWS
     student, teacher = torch.randn(2, *tokens.shape, 11).unbind(0)
     ours = student.clone().requires_grad_(True)
-    found = token_loss(ours, teacher if text_weight < 1 else None, tokens, mask, text_weight=text_weight)
+    found = token_loss(ours, whole(teacher) if text_weight < 1 else None, tokens, mask, text_weight=text_weight)
     (found / 7).backward()
 
     exact = student.double().requires_grad_(True)
@@ -132,54 +142,30 @@ def test_gradients_are_those_of_the_definition(text_weight: float) -> None:
     torch.testing.assert_close(ours.grad, exact.grad, check_dtype=False, rtol=1e-4, atol=1e-6)
 
 
-def likeliest(teacher: Tensor, k: int) -> Likeliest:
-    best = teacher.flatten(0, 1).log_softmax(-1).topk(k)
-    return Likeliest(best.indices.int(), best.values)
-
-
 @pytest.mark.parametrize("text_weight", [0, 0.3])
-@pytest.mark.parametrize("k", [1, 4, 10])
-def test_of_likeliest_tokens_all_others_are_one_event(k: int, text_weight: float) -> None:
-    """The divergence, and its gradient, is that of distributions of k + 1 events."""
+def test_of_some_tokens_the_loss_is_the_cross_entropy_less_the_entropy(text_weight: float) -> None:
+    """Tokens that are kept twice count twice."""
     tokens = torch.randint(0, 11, (3, 2 * ROWS // 3 + 7))
     mask = torch.rand(tokens.shape) < 0.8
-    student, teacher = torch.randn(2, *tokens.shape, 11).mul(3).unbind(0)
+    student = torch.randn(*tokens.shape, 11)
+    kept = torch.randint(0, 11, (tokens.numel(), 4), dtype=torch.int32)
+    weights, entropy = torch.rand(tokens.numel(), 4).softmax(-1), torch.rand(tokens.numel())
     ours = student.clone().requires_grad_(True)
-    found = token_loss(ours, likeliest(teacher, k), tokens, mask, text_weight=text_weight)
+    found = token_loss(ours, SparseTarget(kept, weights, entropy), tokens, mask, text_weight=text_weight)
     (found / 7).backward()
 
     exact = student.double().requires_grad_(True)
-    p, q = (each[:, :-1][mask[:, 1:]].double().softmax(-1) for each in (teacher, exact))
-    best = p.topk(k).indices
-    p, q = (torch.cat([each.gather(1, best), 1 - each.gather(1, best).sum(-1, keepdim=True)], -1) for each in (p, q))
-    entropy = -exact[:, :-1][mask[:, 1:]].log_softmax(-1).gather(1, tokens[:, 1:][mask[:, 1:]][:, None]).sum()
-    loss = (1 - text_weight) * (p * (p / q).log()).sum() + text_weight * entropy
+    loss = torch.zeros((), dtype=torch.float64)
+    for row in range(3):
+        for position in range(tokens.shape[1] - 1):
+            if mask[row, position + 1]:
+                at = row * tokens.shape[1] + position
+                q = exact[row, position].log_softmax(-1)
+                loss = loss - (1 - text_weight) * (entropy[at] + (weights[at] * q[kept[at].long()]).sum())
+                loss = loss - text_weight * q[tokens[row, position + 1]]
     (loss / 7).backward()
-    assert float(found.detach()) == pytest.approx(float(loss.detach()), rel=1e-4)
-    torch.testing.assert_close(ours.grad, exact.grad, check_dtype=False, rtol=1e-3, atol=1e-5)
-
-
-def test_the_likeliest_of_all_tokens_are_the_distribution(batch: tuple[Tensor, ...]) -> None:
-    student, teacher, tokens, mask = batch
-    results = []
-    for target in (teacher, likeliest(teacher, 7)):
-        ours = student.clone().requires_grad_(True)
-        loss = token_loss(ours, target, tokens, mask, text_weight=0.3)
-        loss.backward()
-        results.append((loss.detach(), ours.grad))
-    torch.testing.assert_close(results[1], results[0])
-
-
-def test_a_token_that_is_certain_leaves_nothing_to_the_others(batch: tuple[Tensor, ...]) -> None:
-    student, _, tokens, mask = batch
-    ours = student.clone().requires_grad_(True)
-    certain = Likeliest(torch.full((10, 1), 2), torch.zeros(10, 1, dtype=torch.float16))
-    loss = token_loss(ours, certain, tokens, mask)
-    loss.backward()
-    counted = student[:, :-1][mask[:, 1:]]
-    assert float(loss.detach()) == pytest.approx(-float(counted.log_softmax(-1)[:, 2].sum()), rel=1e-5)
-    assert ours.grad is not None
-    assert bool(ours.grad.isfinite().all())
+    assert float(found.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+    torch.testing.assert_close(ours.grad, exact.grad, check_dtype=False, rtol=1e-4, atol=1e-6)
 
 
 def test_relative_error_is_each_tokens_error_over_its_energy() -> None:

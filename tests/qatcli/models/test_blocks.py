@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -121,13 +122,20 @@ def test_the_head_of_odd_families(config_class: str, windows: Tensor, tmp_path: 
     whole.save_pretrained(tmp_path)
     model = open_blocks(open_source(str(tmp_path)))
     hidden = run_all_blocks(model, windows)
-    if config_class == "GPTNeoXConfig":
-        with pytest.raises(InputError, match="calls its output layer otherwise"), model.head(CPU, FP32):
-            pass
-        return
     with torch.no_grad(), model.head(CPU, FP32) as head:
         expected = whole(input_ids=windows.long()).logits
         torch.testing.assert_close(head(hidden), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_checkpoint_without_an_output_layer_is_refused(tmp_path: Path, random_llama: Path) -> None:
+    folder = shutil.copytree(random_llama, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = open_blocks(open_source(str(folder)))
+    with pytest.raises(InputError, match=r"no tensor `lm_head.weight`"), model.head(CPU, FP32):
+        pass
+    assert all(parameter.is_meta for parameter in model.skeleton.parameters())
 
 
 def test_no_parameter_stays_in_memory(family: Path, windows: Tensor) -> None:

@@ -34,7 +34,6 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "export.formats.0",
         "cannot carry 8 bits",
     ),
-    ({"e2e_qp": {"teacher_top_k": 64, "text_weight": 1}}, "e2e_qp.teacher_top_k", "only the text is learned"),
     ({"e2e_qp": {"micro_batch_size": 3}}, "e2e_qp.micro_batch_size", "must divide batch_size 32: 1, 2, 4, 8, 16, 32"),
     ({"block_ap": {"batch_size": 5000}}, "block_ap.batch_size", "more than the 4096 training windows"),
     ({"e2e_qp": {"samples": 31}}, "e2e_qp.batch_size", "more than the 31 training windows"),

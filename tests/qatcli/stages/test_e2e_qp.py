@@ -82,6 +82,7 @@ def stage(random_llama: Path, pack_model: Callable[..., Path], tmp_path: Path) -
 
     def prepare(folder: str = "out", **section: Any) -> Job:
         settings = {"samples": 8, "validation_samples": 4, "seq_len": SEQ_LEN, "batch_size": 4, "amp": "float32"}
+        settings["teacher_tokens"] = VOCABULARY  # all, so that figures can be told exactly
         settings |= {"gradient_checkpointing": False, "lr_scales": 0.1, "max_step": None, "epochs": 2, **section}
         recipe = Recipe.model_validate(
             {
@@ -152,22 +153,19 @@ def test_scales_train_and_nothing_else_changes(
         assert metrics[figure] == pytest.approx(held_out_loss(model, held_out, teacher, text_weight), rel=1e-4)
 
 
-def test_the_likeliest_tokens_teach_as_the_whole_model_does(stage: Callable[..., Job]) -> None:
-    """All of them to rounding, a few of them nearly; what they are is kept until the stage is committed."""
-    whole, all_kept, few = stage("whole"), stage("all", teacher_top_k=VOCABULARY), stage("few", teacher_top_k=20)
-    expected, found, nearly = (run(job) for job in (whole, all_kept, few))
+def test_some_tokens_teach_as_all_do(stage: Callable[..., Job]) -> None:
+    """Nearly: one draw is not the expectation."""
+    whole, some = stage("all", teacher_tokens=VOCABULARY), stage("some", teacher_tokens=20)
+    expected, found = run(whole), run(some)
+    assert found["before"] != expected["before"]
     for figure in ("before", "after"):
-        assert found[figure] == pytest.approx(expected[figure], rel=1e-3)
-        assert 0 < nearly[figure] < expected[figure]  # fewer events are less apart
-    before, plain, kept, some = (all_tensors(path) for path in (whole.input.path, whole.out, all_kept.out, few.out))
-    moved, other, another = (
+        assert found[figure] == pytest.approx(expected[figure], rel=0.2)
+    before, all_kept, few = (all_tensors(path) for path in (whole.input.path, whole.out, some.out))
+    moved, other = (
         torch.cat([(tensors[name] - before[name]).flatten() for name in before if name.endswith("_scale")])
-        for tensors in (plain, kept, some)
+        for tensors in (all_kept, few)
     )
-    assert float((other - moved).norm() / moved.norm()) < 0.02
-    assert 0 < float((another - moved).norm() / moved.norm()) < 0.5
-    names = {file.name for file in few.out.glob("resume.teacher*")}
-    assert names == {f"resume.teacher-{split}-00000.safetensors" for split in ("train", "validation")}
+    assert float((other - moved).norm() / moved.norm()) < 0.5
 
 
 def test_norms_that_train_are_written(stage: Callable[..., Job]) -> None:
@@ -243,6 +241,7 @@ def test_the_stage_leaves_its_files_and_what_a_resume_needs_until_the_commit(sta
     assert {file.name for file in job.out.iterdir()} == {
         *("config.json", "data.json", "generation_config.json", "model.safetensors", "windows.safetensors"),
         "resume.safetensors",
+        *(f"resume.teacher-{split}-00000.safetensors" for split in ("train", "validation")),
     }
     assert PackedCheckpoint.open(job.out).modules == PackedCheckpoint.open(job.input.path).modules
 
