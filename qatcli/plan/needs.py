@@ -188,18 +188,19 @@ def e2e_qp(s: Setting) -> list[Phase]:
     groups = groups_of(model.linears.values())
     unpacked = groups  # zero points, uint8
     student = sum(packed_bytes(q, scale=FP32) for q in model.linears.values()) + unpacked
-    student += FP32 * (model.total - _quantized(model))
+    head = model.vocabulary * model.hidden
+    student += FP32 * (model.total - _quantized(model)) - (0 if model.tied else (FP32 - dtype.itemsize) * head)
     passes = model.passes("packed", config.micro_batch_size, config.seq_len, torch.float32, dtype)
     if config.gradient_checkpointing:
         kept = len(model) * rows * model.hidden * FP32 + passes.training
     else:
         kept = (len(model) - 1) * passes.kept + passes.training
     logits = rows * model.vocabulary * dtype.itemsize
-    head = model.vocabulary * model.hidden * dtype.itemsize if dtype != torch.float32 else 0
     # Of the scales: gradients, Adam's moments, the best state; by reach also their units, and what they were in a step.
     copies_of_scales = 6 if config.lr_units == "reach" else 4
     models = {"student": student, "scales": copies_of_scales * FP32 * groups}
-    work = {"activations": kept, "logits and their gradient": 2 * logits, "head": head}
+    cast = dtype.itemsize * head if model.tied and dtype != torch.float32 else 0
+    work = {"activations": kept, "logits and their gradient": 2 * logits, "head": cast}
     return [
         _text(config.data or s.recipe.calibrate.data),
         *(_teacher(s) if s.has_teacher else ()),

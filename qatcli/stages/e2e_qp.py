@@ -52,6 +52,7 @@ def run(job: Job) -> dict[str, Any]:
     trust = recipe.model.trust_remote_code
     student = load_packed(job.input.path, dtype=torch.float32, device=job.device, trust_remote_code=trust)
     student.config.use_cache = False
+    _store_as_computed(student, dtype)
     use_tiled_attention(student, job.device)
     if config.gradient_checkpointing:
         # The first name is transformers 5.23's, the second that of the releases before it.
@@ -78,6 +79,15 @@ def trained_parameters(student: nn.Module, config: E2eQpSection) -> dict[str, nn
             own = module.named_parameters(recurse=False)
             found.update({f"{name}.{n}": p for n, p in own if p.ndim == 1 and n == "weight"})
     return found
+
+
+def _store_as_computed(student: Any, dtype: torch.dtype) -> None:
+    """Keep linears that stay dense, the output layer first of all, in the type that autocast makes of them anyway: in
+    every pass, beside their fp32. One that shares its weight with the embeddings stays, as do these."""
+    shared = student.get_input_embeddings().weight
+    for module in student.modules():
+        if isinstance(module, nn.Linear) and module.weight is not shared:
+            module.to(dtype)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qatcli.data import Windows, load_windows, save_windows
 from qatcli.data.windows import WindowSet
@@ -29,6 +29,7 @@ from qatcli.stages import Job, e2e_qp
 from qatcli.stages.e2e_qp import run, trained_parameters
 
 SEQ_LEN, VOCABULARY = 12, 61
+SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
 # What trains.
@@ -293,6 +294,33 @@ def test_memory_settings_do_not_change_the_result(stage: Callable[..., Job]) -> 
     expected, found = all_tensors(plain.out), all_tensors(lean.out)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_output_layer_is_stored_as_it_is_computed(
+    stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which changes nothing but memory: autocast makes the same of it in every pass."""
+    stored = []
+    train = e2e_qp._Trainer.train
+
+    def seen(trainer: Any) -> Any:
+        stored.append(trainer.student.lm_head.weight.dtype)
+        return train(trainer)
+
+    monkeypatch.setattr(e2e_qp._Trainer, "train", seen)
+    lean, plain = (stage(name, amp="bfloat16") for name in ("lean", "plain"))
+    run(lean)
+    monkeypatch.setattr(e2e_qp, "_store_as_computed", lambda *_: None)
+    run(plain)
+    assert stored == [torch.bfloat16, torch.float32]
+    expected, found = all_tensors(plain.out), all_tensors(lean.out)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_embeddings_that_are_the_output_layer_stay_in_fp32() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, tie_word_embeddings=True))
+    e2e_qp._store_as_computed(model, torch.bfloat16)
+    assert model.get_input_embeddings().weight.dtype == model.lm_head.weight.dtype == torch.float32
 
 
 def interrupted_after(step: int, monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
