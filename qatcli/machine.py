@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
+UNSEEN_GPU = 80 * 2**30  # bytes of one that a plan is made for and that is not here, a guess
+SHARE = 0.8  # of the free memory that a model may take: the rest is for what it computes
 
 
 def host_memory() -> int:
@@ -56,6 +58,15 @@ def device_memory(device: torch.device) -> int:
 
     free, _ = torch.cuda.mem_get_info(device)
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether a model of so many bytes leaves a fifth of the memory that is free where it would be."""
+    import torch
+
+    if device.type == "cpu":
+        return size <= SHARE * host_memory()
+    return size <= SHARE * (device_memory(device) if torch.cuda.is_available() else UNSEEN_GPU)
 
 
 def device_name(device: torch.device) -> str:

@@ -9,7 +9,7 @@ the whole distribution: 64 tokens teach as well as all do, where the 64 likelies
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -18,22 +18,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from qatcli.activations import (
-    SWEEP_BATCH,
-    StreamBudget,
-    advance_stream,
-    check_range,
-    fill_streams,
-    in_order,
-    read_batches,
-)
 from qatcli.losses import ROWS, TINY, SparseTarget
-from qatcli.models.blocks import BlockModel
 from qatcli.progress import Bar
 from qatcli.shards import load_state, save_state
-from qatcli.training import autocast
+from qatcli.streaming import PART, StreamedModel
 
-PART = 256  # windows that go through the blocks together: so often all weights are read, so large is the stream
 KEPT_BYTES = 6  # of a kept token: its number and its weight
 
 
@@ -58,31 +47,18 @@ class Teacher:
             for index, part in enumerate(windows.split(PART) if len(windows) else ())
         ]
 
-    @torch.no_grad()
-    def make(self, model: BlockModel, budget: StreamBudget, dtype: torch.dtype, bar: Bar) -> None:
+    def make(self, model: StreamedModel, dtype: torch.dtype, bar: Bar) -> None:
         """Compute and write the files that are not there yet. `bar` counts the blocks of all parts.
 
         InputError when a file that is there is damaged, DivergedError when fp16 does not hold the hidden states.
         """
-        parts = self.parts()
-        missing = [(index, *part) for index, part in enumerate(parts) if not self._is_there(part[0])]
-        bar.advance(len(model) * (len(parts) - len(missing)), reused=True)
-        if not missing:
-            return
-        shape = (max(len(tokens) for _, _, tokens in missing), missing[0][2].shape[1], model.hidden_size)
-        stream = budget.allocate("full-precision", shape, dtype)
-        arguments = model.block_arguments(shape[1], self.device, torch.float32)
-        for part, file, tokens in missing:
-            hidden = stream[: len(tokens)]
-            fill_streams([hidden], model, tokens, self.device, dtype)
-            for index, given in enumerate(arguments):
-                block = model.load_block(index, self.device, dtype)
-                advance_stream(hidden, block, given, batch_size=SWEEP_BATCH, device=self.device)
-                del block  # before the next is there
-                bar.advance(tokens=tokens.numel())
-            check_range(hidden, "the last block")
+        for part, (file, windows) in enumerate(self.parts()):
+            if file.is_file() and load_state(file):
+                bar.advance(model.steps(windows), reused=True)
+                continue
             generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + part)
-            made = [vars(each) for each in self._distributions(model, hidden, dtype, generator)]
+            logits = model.logits(windows, dtype, lambda tokens: bar.advance(tokens=tokens))
+            made = [vars(keep_tokens(each, self.kept, generator)) for each in logits]
             save_state(file, {name: torch.stack([each[name] for each in made]) for name in made[0]})
 
     def __call__(self, split: str, rows: Tensor) -> SparseTarget:
@@ -97,19 +73,6 @@ class Teacher:
 
     def _file(self, split: str, index: int) -> Path:
         return self.directory / f"resume.teacher-{split}-{index:05d}.safetensors"
-
-    def _is_there(self, file: Path) -> bool:
-        return file.is_file() and bool(load_state(file))
-
-    def _distributions(
-        self, model: BlockModel, hidden: Tensor, dtype: torch.dtype, generator: torch.Generator
-    ) -> Iterator[SparseTarget]:
-        """What is kept of each window's T distributions, from the last block's outputs."""
-        with model.head(self.device, dtype) as head:
-            for (window,) in read_batches([hidden], in_order(len(hidden), 1), self.device):
-                with autocast(self.device, dtype):
-                    logits = head(window)[0]
-                yield keep_tokens(logits, self.kept, generator)
 
 
 def keep_tokens(logits: Tensor, kept: int, generator: torch.Generator) -> SparseTarget:

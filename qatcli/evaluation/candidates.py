@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,12 +12,15 @@ from typing import Any
 import torch
 
 from qat_kernels import fake_quant
+from qatcli.activations import stream_budget
 from qatcli.blockfiles import block_quants
 from qatcli.grid import ZeroPoints, initial_grid
 from qatcli.hf import load_packed
+from qatcli.machine import fits
 from qatcli.models.blocks import open_blocks
 from qatcli.models.source import ModelSource, load_tokenizer
-from qatcli.recipe.schema import QuantSection
+from qatcli.recipe.schema import CacheSection, QuantSection
+from qatcli.streaming import StreamedModel
 from qatcli.training import compute_dtype
 
 
@@ -26,7 +30,7 @@ class Candidate:
 
     path: the directory that is loaded; None for a model that exists in memory only. files: what its size on disk is
     that of, if it is not `path` (the GGUF file that was converted). keep: keep its figures from run to run
-    (`qatcli.evaluation.cache`).
+    (`qatcli.evaluation.cache`). streamed: how to read a model block by block that does not fit.
     """
 
     name: str
@@ -36,13 +40,25 @@ class Candidate:
     loaded_as: str
     files: Path | None = None
     keep: bool = False
+    streamed: Callable[[], StreamedModel] | None = None
 
 
-def full_precision(source: ModelSource, device: torch.device, *, keep: bool, name: str = "full_precision") -> Candidate:
-    """A model that transformers loads by itself, in the dtype of its checkpoint. A GGUF file's size is the file's."""
+def full_precision(
+    source: ModelSource,
+    device: torch.device,
+    *,
+    keep: bool,
+    name: str = "full_precision",
+    cache: CacheSection | None = None,
+) -> Candidate:
+    """A model that transformers loads by itself, in the dtype of its checkpoint, or block by block where it does not
+    fit, its activations where `cache` has them. A GGUF file's size is the file's."""
     loaded_as = "GGUF, dequantized to fp32" if source.gguf else "weights as stored"
-    load = partial(source.load_model, "auto", device)
-    return Candidate(name, load, source.tokenizer, source.path, loaded_as, source.gguf, keep)
+    load, streamed = partial(source.load_model, "auto", device), None
+    if not fits(source.bytes(fp32=compute_dtype("auto", device) == torch.float32), device):
+        loaded_as += ", block by block"
+        streamed = partial(_block_by_block, source, device, cache or CacheSection())
+    return Candidate(name, load, source.tokenizer, source.path, loaded_as, source.gguf, keep, streamed)
 
 
 def round_to_nearest(source: ModelSource, quant: QuantSection, device: torch.device) -> Candidate:
@@ -82,6 +98,12 @@ def packed(
         path,
         "packed codes",
     )
+
+
+def _block_by_block(source: ModelSource, device: torch.device, cache: CacheSection) -> StreamedModel:
+    place = Path(cache.dir or tempfile.gettempdir())
+    budget = partial(stream_budget, device, place, device_gb=cache.device_gb, host_gb=cache.host_gb)
+    return StreamedModel(open_blocks(source), budget)
 
 
 def _rounded(weight: torch.Tensor, bits: int, group_size: int, *, zero_points: ZeroPoints) -> torch.Tensor:

@@ -27,7 +27,7 @@ from qatcli.data import begin_windows, c4_windows, evaluation_windows, text_toke
 from qatcli.errors import InputError
 from qatcli.evaluation.cache import remembered
 from qatcli.evaluation.candidates import Candidate
-from qatcli.evaluation.perplexity import divergence, perplexity, reference_logits
+from qatcli.evaluation.perplexity import compared, divergence, perplexity, window_logits
 from qatcli.evaluation.speed import conditions, speed, weight_bytes
 from qatcli.evaluation.zero_shot import Suite, load_suite, run_suite
 from qatcli.finite import finite
@@ -36,6 +36,7 @@ from qatcli.memory import part_peak
 from qatcli.recipe.schema import EvalSection, PerplexityText
 from qatcli.runlog import RunLog
 from qatcli.sizes import model_size
+from qatcli.streaming import StreamedModel
 from qatcli.training import autocast, compute_dtype
 
 BATCH_TOKENS = 4096  # tokens per forward pass of a perplexity
@@ -54,6 +55,16 @@ class Subject:
     @cached_property
     def model(self) -> Any:
         return self.candidate.load()
+
+    @cached_property
+    def streamed(self) -> StreamedModel | None:
+        """The model block by block, where it does not fit."""
+        return self.candidate.streamed() if self.candidate.streamed else None
+
+    @property
+    def architecture(self) -> Any:
+        """The model, or what it is built like where it is never whole."""
+        return self.streamed.model.skeleton if self.streamed else self.model
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -102,19 +113,21 @@ def measure(
         _check_tokenizers(subjects, base)
         subjects.sort(key=lambda subject: subject is not base)
         if subjects[0] is not base:
-            expected = expected_logits(base, device, dtype)
+            expected = expected_logits(base, device, dtype, log)
     for subject in subjects:
         started = time.monotonic()
         log.say(f"eval: {subject.name}")
         found: dict[str, Any] = {"loaded_as": subject.candidate.loaded_as, "size": None, "speed": None}
-        if settings:  # first, while nothing but the model is there
+        if subject.streamed and (settings or suite or config.prompts):
+            log.warn(f"{subject.name} does not fit: of it neither speed, tasks nor samples")
+        if settings and not subject.streamed:  # first, while nothing but the model is there
             found["speed"] = _speed(subject, config, device, log)
         else:
             _check_context(subject, config, log)
         if subject.candidate.path is not None:
-            found["size"] = model_size(subject.candidate.files or subject.candidate.path, subject.model)
+            found["size"] = model_size(subject.candidate.files or subject.candidate.path, subject.architecture)
         found |= _quality(subject, expected, suite, config, device=device, dtype=dtype, log=log)
-        if config.prompts and sampled(subject.name):
+        if config.prompts and sampled(subject.name) and not subject.streamed:
             found["samples"] = [_continue(subject, prompt, config, device, dtype) for prompt in config.prompts]
         found["seconds"] = round(time.monotonic() - started, 2)
         result["models"][subject.name] = found
@@ -122,21 +135,21 @@ def measure(
         if subject is not base:
             subject.release()
         elif len(subjects) > 1:
-            expected = expected_logits(base, device, dtype)
+            expected = expected_logits(base, device, dtype, log)
     return dict(finite(result))
 
 
-def expected_logits(base: Subject, device: torch.device, dtype: torch.dtype) -> Expected:
+def expected_logits(base: Subject, device: torch.device, dtype: torch.dtype, log: RunLog) -> Expected:
     """What divergence is from, by the name of a text.
 
     Computed when it is asked for, or at once and kept, and the model is released: where one model fits on a GPU, two of
-    them may not.
+    them may not, and what is read block by block is read once.
     """
 
     def compute(text: str) -> Iterator[Tensor]:
-        return reference_logits(_fast(base, device, dtype), base.windows[text], device=device, dtype=dtype)
+        return _logits(base, compared(base.windows[text]), device, dtype, log)
 
-    if device.type not in MEMORY_OF_THEIR_OWN:
+    if device.type not in MEMORY_OF_THEIR_OWN and not base.streamed:
         return compute
     kept = {text: [logits.cpu() for logits in compute(text)] for text in base.windows}
     base.release()
@@ -158,7 +171,7 @@ def _check_tokenizers(subjects: Sequence[Subject], base: Subject) -> None:
 def _check_context(subject: Subject, config: EvalSection, log: RunLog) -> None:
     """A model is measured on windows longer than its context, as asked, but not without a word. InputError where its
     positions are a table, which ends there."""
-    context, table = _context(subject.model)
+    context, table = _context(subject.architecture)
     asked = [(f"windows of {text.seq_len} ({text.name})", text.seq_len) for text in config.perplexity]
     if table:
         asked += [
@@ -218,9 +231,10 @@ def _quality(
         protocol = {"perplexity": digest, "windows": list(windows.shape)}
         found["perplexity"][name] = kept(protocol, partial(_perplexity, subject, name, windows, device, dtype, log))
         if expected is not None:
-            apart = divergence(_fast(subject, device, dtype), expected(name), windows, device=device, dtype=dtype)
+            ours = _logits(subject, compared(windows), device, dtype, log)
+            apart = divergence(ours, expected(name), device)
             found["divergence"][name] = asdict(apart)
-    if suite is not None and config.zero_shot is not None:
+    if suite is not None and config.zero_shot is not None and not subject.streamed:
         tokens = config.zero_shot.batch_tokens
         found["zero_shot"] = kept(
             {"zero_shot": suite.protocol},
@@ -240,15 +254,24 @@ def _quality(
 def _perplexity(
     subject: Subject, text: str, windows: Tensor, device: torch.device, dtype: torch.dtype, log: RunLog
 ) -> float:
+    if subject.streamed:
+        return perplexity(_logits(subject, windows, device, dtype, log), windows)
+    batch = max(1, BATCH_TOKENS // windows.shape[1])
     with log.progress(f"perplexity {subject.name} {text}", len(windows)) as bar:
-        return perplexity(
-            _fast(subject, device, dtype),
-            windows,
-            batch_size=max(1, BATCH_TOKENS // windows.shape[1]),
-            device=device,
-            dtype=dtype,
-            progress=lambda count: bar.advance(count, tokens=count * windows.shape[1]),
-        )
+        logits = _logits(subject, windows, device, dtype, log, batch_size=batch)
+        return perplexity(logits, windows, lambda count: bar.advance(count, tokens=count * windows.shape[1]))
+
+
+def _logits(
+    subject: Subject, windows: Tensor, device: torch.device, dtype: torch.dtype, log: RunLog, *, batch_size: int = 1
+) -> Iterator[Tensor]:
+    """Of each of the windows, from the model or block by block."""
+    if subject.streamed is None:
+        model = _fast(subject, device, dtype)
+        yield from window_logits(model, windows, batch_size=batch_size, device=device, dtype=dtype)
+        return
+    with log.progress(f"blocks of {subject.name}", subject.streamed.steps(windows)) as bar:
+        yield from subject.streamed.logits(windows, dtype, lambda tokens: bar.advance(tokens=tokens))
 
 
 def _fast(subject: Subject, device: torch.device, dtype: torch.dtype) -> Any:

@@ -33,58 +33,48 @@ class Divergence:
     tokens: int
 
 
-@torch.no_grad()
+def compared(windows: Tensor) -> Tensor:
+    """The windows of int [W, T] that a divergence is of."""
+    return windows[: divergence_windows(windows.shape[1])]
+
+
+def window_logits(
+    model: Any, windows: Tensor, *, batch_size: int = 1, device: torch.device, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """The model's logits [T, V] of each of windows int [W, T], computed `batch_size` windows at a time."""
+    for batch in windows.split(batch_size):
+        with torch.no_grad(), autocast(device, dtype):
+            logits = model(input_ids=batch.to(device, torch.long), use_cache=False).logits
+        yield from logits
+
+
 def perplexity(
-    model: Any,
-    windows: Tensor,
-    *,
-    batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Callable[[int], None] = lambda count: None,
+    logits: Iterable[Tensor], windows: Tensor, progress: Callable[[int], None] = lambda count: None
 ) -> float:
-    """exp of the mean negative log-likelihood over `windows` int [W, T], each scored on its own (T - 1 predictions).
+    """exp of the mean negative log-likelihood over `windows` int [W, T], each scored on its own (T - 1 predictions), by
+    the logits [T, V] of each.
 
     The mean is over windows of mean NLL, as in the paper's protocol; all windows have the same length.
     """
     total = 0.0
-    for batch in windows.split(batch_size):
-        logits = _logits(model, batch, device, dtype)
-        targets = batch[:, 1:].to(device, torch.long)
-        for row, target in zip(logits, targets, strict=True):  # row by row: fp32 logits of one window at a time
-            total += float(F.cross_entropy(row[:-1].float(), target))
-        progress(len(batch))
+    for row, window in zip(logits, windows, strict=True):  # fp32 logits of one window at a time
+        total += float(F.cross_entropy(row[:-1].float(), window[1:].to(row.device, torch.long)))
+        progress(1)
     mean = total / len(windows)
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def reference_logits(model: Any, windows: Tensor, *, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-    """What a divergence over int [W, T] is from: the full-precision logits [T, V] of its windows, one at a time."""
-    for window in windows[: divergence_windows(windows.shape[1])]:
-        with torch.no_grad():
-            logits = _logits(model, window[None], device, dtype)[0]
-        yield logits
-
-
-@torch.no_grad()
-def divergence(
-    model: Any, reference: Iterable[Tensor], windows: Tensor, *, device: torch.device, dtype: torch.dtype
-) -> Divergence:
-    """Divergence of `model` from the logits of `reference_logits`, on any device, on the same int [W, T].
+def divergence(ours: Iterable[Tensor], reference: Iterable[Tensor], device: torch.device) -> Divergence:
+    """Divergence from the logits of `reference`, on any device, of those of the same windows, [T, V] each.
 
     Over the tokens that both know: some tools pad the vocabulary of their checkpoints.
     """
     losses, agreed = [], 0
-    for mine, expected in zip(reference_logits(model, windows, device=device, dtype=dtype), reference, strict=True):
+    for mine, expected in zip(ours, reference, strict=True):
         logits = [each.to(device, torch.float32) for each in (mine, expected)]
         known = min(each.shape[-1] for each in logits)
-        ours, theirs = (F.log_softmax(each[..., :known], dim=-1) for each in logits)
-        losses.append(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).cpu())
-        agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        log_q, log_p = (F.log_softmax(each[..., :known], dim=-1) for each in logits)
+        losses.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).cpu())
+        agreed += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
     kl = torch.cat(losses)
     return Divergence(float(kl.mean()), float(kl.quantile(0.99)), agreed / len(kl), len(kl))
-
-
-def _logits(model: Any, batch: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with autocast(device, dtype):
-        return model(input_ids=batch.to(device, torch.long), use_cache=False).logits

@@ -120,13 +120,13 @@ def _speeds(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
     table, conditions = _table("speed and memory"), metrics["speed_protocol"]
     for heading in ("prefill tok/s", "decode tok/s", "weights MiB", "peak MiB"):
         table.add_column(heading, justify="right")
-    for name, found in metrics["models"].items():
-        speed = found["speed"]
+    speeds = {name: found["speed"] for name, found in metrics["models"].items() if found["speed"]}
+    for name, speed in speeds.items():
         peak = speed["peak"].get("device_bytes", speed["peak"]["host_bytes"])
         rates = [f"{speed[kind]:,.1f}" for kind in ("prefill", "decode")]
         table.add_row(labels[name], *rates, _mib(speed["weight_bytes"]), _mib(peak))
     threads = conditions["threads"]
-    dtypes = ", ".join(sorted({found["speed"]["dtype"] for found in metrics["models"].values()}))
+    dtypes = ", ".join(sorted({speed["dtype"] for speed in speeds.values()}))
     caption = (
         f"one sequence, {conditions['prompt_tokens']} tokens read, {conditions['new_tokens']} generated, median of "
         f"{conditions['repeats']}, weights and arithmetic in {dtypes}; {conditions['device']}, "

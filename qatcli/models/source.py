@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,12 @@ class ModelSource:
     def tokenizer(self) -> Any:
         """The tokenizer that travels with the model."""
         return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+
+    def bytes(self, *, fp32: bool = False) -> int:
+        """Of all weights, as they are stored or in fp32."""
+        if fp32:
+            return 4 * sum(math.prod(shape) for shape in self.shapes.values())
+        return sum((self.path / file).stat().st_size for file in set(self.shards.values()))
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, in the dtype of the file. InputError when one is absent or its file is damaged."""

@@ -21,10 +21,12 @@ from qatcli.evaluation.perplexity import divergence_windows
 from qatcli.formats.gguf import likely_type
 from qatcli.formats.layouts.gguf_blocks import TYPES
 from qatcli.formats.runtimes import too_large
+from qatcli.machine import fits
 from qatcli.packed import ModuleQuant
 from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
 from qatcli.recipe import DataSource, Recipe
-from qatcli.teacher import KEPT_BYTES, PART
+from qatcli.streaming import PART
+from qatcli.teacher import KEPT_BYTES
 from qatcli.training import compute_dtype
 
 FP32 = 4
@@ -98,6 +100,19 @@ class Setting:
         """Whether e2e-qp learns from full precision."""
         return self.recipe.e2e_qp.text_weight < 1
 
+    @property
+    def full_precision(self) -> int:
+        """Bytes of the whole model as it is measured: in fp32 where that is what is computed in."""
+        itemsize = FP32 if self.dtype("auto") == torch.float32 else self.model.dtype.itemsize
+        return self.model.total * itemsize
+
+    @property
+    def measures_by_blocks(self) -> bool:
+        """Whether eval has to read full precision block by block."""
+        config = self.recipe.eval
+        asked = (config.kl or "full_precision" in config.baselines) and bool(config.perplexity)
+        return asked and not fits(self.full_precision, self.device)
+
     def streams(self, stage: str) -> list[Stream]:
         """The activation streams of a stage, in the order in which it makes them."""
         calibrate, end, model = self.recipe.calibrate, self.recipe.e2e_qp, self.model
@@ -105,6 +120,10 @@ class Setting:
         if stage == "e2e-qp" and self.has_teacher:
             window = end.seq_len * model.hidden * self.dtype(end.amp).itemsize
             wanted = {"full precision": min(PART, max(end.samples, end.validation_samples))}
+        elif stage == "eval" and self.measures_by_blocks:
+            longest = max(text.seq_len for text in self.recipe.eval.perplexity)
+            window = longest * model.hidden * self.dtype("auto").itemsize
+            wanted = {"full precision": PART}
         elif stage == "calibrate":
             wanted = {"inputs": min(calibrate.moment_samples, calibrate.samples)}
         elif stage == "block-ap":
@@ -199,30 +218,14 @@ def e2e_qp(s: Setting) -> list[Phase]:
     # Of the scales: gradients, Adam's moments, the best state; by reach also their units, and what they were in a step.
     copies_of_scales = 6 if config.lr_units == "reach" else 4
     models = {"student": student, "scales": copies_of_scales * FP32 * groups}
+    taught = {"kept tokens": min(PART, config.samples) * config.seq_len * config.teacher_tokens * KEPT_BYTES}
     cast = dtype.itemsize * head if model.tied and dtype != torch.float32 else 0
     work = {"activations": kept, "logits and their gradient": 2 * logits, "head": cast}
     return [
         _text(config.data or s.recipe.calibrate.data),
-        *(_teacher(s) if s.has_teacher else ()),
+        *(_block_by_block(s, "e2e-qp", config.seq_len, dtype, taught) if s.has_teacher else ()),
         Phase("loading", models, {}, {"tokenizer": TOKENIZER}),
         Phase("training", models, work, {"tokenizer": TOKENIZER}),
-    ]
-
-
-def _teacher(s: Setting) -> list[Phase]:
-    """Run full precision block by block, and keep tokens of its distributions for a part of the windows at a time."""
-    config, model = s.recipe.e2e_qp, s.model
-    dtype = s.dtype(config.amp)
-    inside, beside = s.held("e2e-qp")
-    block, ends = model.block_sizes[model.largest], model.outside
-    forward = model.passes("dense", SWEEP_BATCH, config.seq_len, dtype, dtype).forward
-    logits = config.seq_len * model.vocabulary * dtype.itemsize
-    kept = {"kept tokens": min(PART, config.samples) * config.seq_len * config.teacher_tokens * KEPT_BYTES}
-    read = _read(s, beside, block, tokenizer=TOKENIZER)
-    return [
-        _first_inputs(s, inside, beside, tokenizer=TOKENIZER),
-        Phase("full precision", {**inside, "block": dtype.itemsize * block}, {"work": forward}, read),
-        Phase("its head", {**inside, "embedding and head": dtype.itemsize * ends}, {"logits": logits}, beside | kept),
     ]
 
 
@@ -240,11 +243,11 @@ def evaluate(s: Setting) -> list[Phase]:
     config, model = s.recipe.eval, s.model
     dtype = s.dtype("auto")
     # Where it is measured in fp32 all of it is; on a CPU packed linears are unpacked once.
-    stored = FP32 if dtype == torch.float32 else model.dtype.itemsize
-    full = model.total * stored
-    packed = full + _quantized(model) * (dtype.itemsize - stored) if s.on_cpu else pack_bytes(s)
-    beside = config.kl and s.on_cpu
-    alone = "full_precision" in config.baselines or config.kl
+    full, by_blocks = s.full_precision, s.measures_by_blocks
+    unpacked = _quantized(model) * dtype.itemsize
+    packed = unpacked + full - full // model.total * _quantized(model) if s.on_cpu else pack_bytes(s)
+    beside = config.kl and s.on_cpu and not by_blocks
+    alone = ("full_precision" in config.baselines or config.kl) and not by_blocks
     dense = full if "round_to_nearest" in config.baselines or (alone and not beside) else 0
     if not s.on_cpu and (config.speed or config.prompts):  # decoding makes a second copy of the codes (PackedLinear)
         packed += sum(packed_bytes(q, scale=0) for q in model.linears.values())
@@ -267,9 +270,11 @@ def evaluate(s: Setting) -> list[Phase]:
             work = max(work, 5 * FP32 * row)
             compared = divergence_windows(text.seq_len)
             kept += min(compared, text.windows or compared) * row * dtype.itemsize
-    if not s.on_cpu:  # for all models, so that full precision need not be there beside them
-        host["full-precision logits"] = kept
-    return [Phase("measuring", models, {"work": work}, host)]
+    logits = {"full-precision logits": kept} if by_blocks or not s.on_cpu else {}  # so that it need not be there beside
+    phases = [Phase("measuring", models, {"work": work}, host | logits)]
+    if by_blocks:
+        phases += _block_by_block(s, "eval", max(text.seq_len for text in config.perplexity), dtype, logits)
+    return phases
 
 
 def export(s: Setting) -> list[Phase]:
@@ -352,6 +357,20 @@ def _first_inputs(s: Setting, inside: dict[str, int], beside: dict[str, int], *,
     embedding = s.model.embedding
     compute = {**inside, "embedding": FP32 * embedding}
     return Phase("first inputs", compute, {}, _read(s, beside, embedding, tokenizer=tokenizer))
+
+
+def _block_by_block(s: Setting, stage: str, seq_len: int, dtype: torch.dtype, kept: dict[str, int]) -> list[Phase]:
+    """Run full precision over windows, a block in memory at a time; `kept` is what is made of the logits of a part."""
+    model, (inside, beside) = s.model, s.held(stage)
+    block, ends = model.block_sizes[model.largest], model.outside
+    forward = model.passes("dense", SWEEP_BATCH, seq_len, dtype, dtype).forward
+    logits = seq_len * model.vocabulary * dtype.itemsize
+    read = _read(s, beside, block, tokenizer=TOKENIZER)
+    return [
+        _first_inputs(s, inside, beside, tokenizer=TOKENIZER),
+        Phase("full precision", {**inside, "block": dtype.itemsize * block}, {"work": forward}, read),
+        Phase("its head", {**inside, "embedding and head": dtype.itemsize * ends}, {"logits": logits}, beside | kept),
+    ]
 
 
 def _finish(s: Setting, inside: dict[str, int], beside: dict[str, int]) -> Phase:

@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from qatcli.recipe.schema import E2eQpSection
 from qatcli.shards import INDEX, load_state, load_tensors, save_state, save_tensors
 from qatcli.stages import Job, open_model
 from qatcli.stepper import Stepper
+from qatcli.streaming import StreamedModel
 from qatcli.teacher import Teacher
 from qatcli.training import Schedule, autocast, compute_dtype, parameter_group, scale_unit
 
@@ -261,9 +263,10 @@ def _teacher(job: Job, windows: dict[str, Tensor], dtype: torch.dtype) -> Teache
     model = open_blocks(open_model(job))
     use_tiled_attention(model.skeleton, device)
     teacher = Teacher(job.out, windows, config.teacher_tokens, job.recipe.calibrate.seed, device)
-    budget = stream_budget(device, Path(cache.dir or job.out), device_gb=cache.device_gb, host_gb=cache.host_gb)
+    place = Path(cache.dir or job.out)
+    budget = partial(stream_budget, device, place, device_gb=cache.device_gb, host_gb=cache.host_gb)
     with job.log.progress("e2e-qp: the full-precision model", len(model) * len(teacher.parts())) as bar:
-        teacher.make(model, budget, dtype, bar)
+        teacher.make(StreamedModel(model, budget), dtype, bar)
     release_memory()  # its stream
     return teacher
 

@@ -25,7 +25,7 @@ def run(job: Job) -> dict[str, Any]:
     """Measure the result and its baselines."""
     config = job.recipe.eval
     source = open_model(job)
-    reference = full_precision(source, job.device, keep=True)
+    reference = full_precision(source, job.device, keep=True, cache=job.recipe.block_ap.cache)
     baselines = [reference] if "full_precision" in config.baselines else []
     metrics = measure(
         [*baselines, *_others(job, source)],

@@ -6,6 +6,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from qatcli import machine
 
@@ -73,3 +74,16 @@ def test_host_memory_is_the_lesser(monkeypatch: pytest.MonkeyPatch, limit: int |
 def test_disk_space_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     assert machine.existing(tmp_path / "a" / "b") == tmp_path
     assert machine.disk_space(tmp_path / "a" / "b") > 0
+
+
+def test_a_model_fits_that_leaves_a_fifth_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "host_memory", lambda: 1000)
+    assert machine.fits(800, torch.device("cpu"))
+    assert not machine.fits(801, torch.device("cpu"))
+    monkeypatch.setattr(machine, "device_memory", lambda _: 500)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert machine.fits(400, torch.device("cuda"))
+    assert not machine.fits(401, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.fits(int(0.8 * 80 * 2**30), torch.device("cuda"))
+    assert not machine.fits(70 * 2**30, torch.device("cuda"))

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qatcli import teacher
+from qatcli import streaming, teacher
 from qatcli.activations import StreamBudget
 from qatcli.errors import InputError
 from qatcli.models.blocks import open_blocks
 from qatcli.models.source import open_source
 from qatcli.progress import Bar
+from qatcli.streaming import StreamedModel
 from qatcli.teacher import Teacher, keep_tokens
 
 CPU, FP32, KEPT = torch.device("cpu"), torch.float32, 8
@@ -30,7 +31,8 @@ def windows() -> dict[str, Tensor]:
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher, "PART", 3)
+    for module in (teacher, streaming):
+        monkeypatch.setattr(module, "PART", 3)
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def make(random_llama: Path, tmp_path: Path) -> Make:
     def made(kept: Teacher) -> Bar:
         model = open_blocks(open_source(str(random_llama)))
         bar = Bar("", len(model) * len(kept.parts()), 0, lambda _: None)
-        kept.make(model, StreamBudget(CPU, 0, 2**20, tmp_path), FP32, bar)
+        kept.make(StreamedModel(model, lambda: StreamBudget(CPU, 0, 2**20, tmp_path)), FP32, bar)
         return bar
 
     return made

@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qatcli.data import text_tokens
 from qatcli.errors import InputError
-from qatcli.evaluation import cache, measure
+from qatcli.evaluation import cache, candidates, measure
 from qatcli.evaluation.candidates import Candidate
 from qatcli.evaluation.compare import compare
 from qatcli.evaluation.opening import open_candidate
 from qatcli.evaluation.tables import tables
 from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear, dense_linears
+from qatcli.models.source import ModelSource
 from qatcli.recipe import EvalSection, PerplexityText, SpeedSection
 from qatcli.runlog import RunLog
 
@@ -83,6 +84,33 @@ def test_every_figure_is_there(packed: Path, tiny_llama: Path, config: EvalSecti
         "the same prompt",
     ):
         assert said in shown
+
+
+def test_full_precision_that_does_not_fit_is_read_block_by_block(
+    packed: Path, tiny_llama: Path, config: EvalSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its perplexity and all divergences are the same; what needs the whole model is left out, with a word."""
+    monkeypatch.setattr(measure, "compute_dtype", lambda *_: torch.float32)  # bf16 would round between the blocks, too
+    expected = _compare(packed, tiny_llama, config)
+    monkeypatch.setattr(candidates, "fits", lambda *_: False)
+    monkeypatch.setattr(ModelSource, "load_model", lambda *_: pytest.fail("loaded as a whole"))
+    config = config.model_copy(update={"cache": False})
+    warned: list[str] = []
+    monkeypatch.setattr(RunLog, "warn", lambda _, text: warned.append(text))
+    found = _compare(packed, tiny_llama, config)
+    (full, quantized), (whole, same) = (list(each["models"].values()) for each in (found, expected))
+    assert full["loaded_as"] == "weights as stored, block by block"
+    assert full["perplexity"]["tiny"] == pytest.approx(whole["perplexity"]["tiny"], rel=1e-4)
+    assert full["size"] == whole["size"]
+    assert (full["speed"], full["zero_shot"], full.get("samples")) == (None, None, None)
+    for figure, value in same["divergence"]["tiny"].items():
+        assert quantized["divergence"]["tiny"][figure] == pytest.approx(value, rel=1e-3)
+    assert quantized["speed"]["decode"] > 0
+    assert warned == [f"{tiny_llama} does not fit: of it neither speed, tasks nor samples"]
+    console = Console(file=StringIO(), width=200)
+    for table in tables(found):
+        console.print(table)
+    assert "block by block" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_windows_may_begin_with_the_first_token(tiny_llama: Path, config: EvalSection) -> None:

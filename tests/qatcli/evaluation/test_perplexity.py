@@ -18,7 +18,14 @@ from transformers import AutoModelForCausalLM
 from qatcli.evaluation import candidates
 from qatcli.evaluation import perplexity as module
 from qatcli.evaluation.candidates import full_precision, round_to_nearest
-from qatcli.evaluation.perplexity import DIVERGENCE_WINDOWS, Divergence, divergence, perplexity, reference_logits
+from qatcli.evaluation.perplexity import (
+    DIVERGENCE_WINDOWS,
+    Divergence,
+    compared,
+    divergence,
+    perplexity,
+    window_logits,
+)
 from qatcli.models.source import open_source
 from qatcli.recipe import QuantSection
 
@@ -49,22 +56,23 @@ def test_perplexity_is_exp_of_the_loss_of_transformers(model: Any, windows: Tens
     with torch.no_grad():
         losses = [float(model(input_ids=w[None].long(), labels=w[None].long()).loss) for w in windows]
     counted: list[int] = []
-    found = perplexity(model, windows, batch_size=batch_size, device=CPU, dtype=FP32, progress=counted.append)
+    logits = window_logits(model, windows, batch_size=batch_size, device=CPU, dtype=FP32)
+    found = perplexity(logits, windows, counted.append)
     assert found == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-5)
     assert sum(counted) == len(windows)
 
 
 def test_perplexity_under_autocast_is_close(model: Any, windows: Tensor) -> None:
-    exact = perplexity(model, windows, batch_size=5, device=CPU, dtype=FP32)
-    rounded = perplexity(model, windows, batch_size=5, device=CPU, dtype=torch.bfloat16)
+    exact, rounded = (
+        perplexity(window_logits(model, windows, device=CPU, dtype=dtype), windows) for dtype in (FP32, torch.bfloat16)
+    )
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=0.05)
 
 
 def _divergence(model: Any, reference: Any, windows: Tensor) -> Divergence:
-    return divergence(
-        model, reference_logits(reference, windows, device=CPU, dtype=FP32), windows, device=CPU, dtype=FP32
-    )
+    ours, expected = (window_logits(each, compared(windows), device=CPU, dtype=FP32) for each in (model, reference))
+    return divergence(ours, expected, CPU)
 
 
 def test_a_model_does_not_diverge_from_itself(model: Any, windows: Tensor) -> None:
@@ -149,7 +157,7 @@ class Certain:
 
 def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
     ones = torch.ones(1, 4, dtype=torch.int32)
-    assert perplexity(Certain(3, 1e4), ones, batch_size=1, device=CPU, dtype=FP32) == math.inf
+    assert perplexity(window_logits(Certain(3, 1e4), ones, device=CPU, dtype=FP32), ones) == math.inf
 
 
 @pytest.mark.parametrize("sizes", [(5, 7), (7, 5)])

@@ -107,6 +107,22 @@ def test_the_stream_of_the_teacher_is_placed(recipe: Callable[..., Recipe]) -> N
     assert planned(recipe(e2e_qp={"text_weight": 1}), "e2e-qp", GPU).streams == ()
 
 
+@pytest.mark.parametrize("fitting", [True, False])
+def test_full_precision_that_does_not_fit_is_evaluated_by_blocks(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, fitting: bool
+) -> None:
+    monkeypatch.setattr(qatcli.plan.needs, "fits", lambda *_: fitting)
+    asked = {"baselines": ["full_precision"], "speed": None}
+    s = setting(recipe(eval=asked), GPU, Path("runs"))
+    phases = {phase.name: phase for phase in MEMORY["eval"](s)}
+    measured = phases["measuring"].compute["measured model"]
+    assert set(phases) - {"measuring"} == (set() if fitting else {"first inputs", "full precision", "its head"})
+    assert (measured == s.full_precision) == fitting
+    assert [stream.bytes for stream in s.streams("eval")] == ([] if fitting else [256 * 64 * 32 * 2])
+    alone = recipe(eval={**asked, "baselines": ["block_ap"], "kl": False})
+    assert not setting(alone, GPU, Path("runs")).measures_by_blocks
+
+
 def test_a_gpu_takes_what_a_cpu_has_in_its_own_memory(recipe: Callable[..., Recipe]) -> None:
     on_cpu, on_gpu = (planned(recipe(), "block-ap", device) for device in (CPU, GPU))
     assert on_cpu.device is None
