@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from qatcli.blocktrain import (
     train_block,
 )
 from qatcli.data import sample_windows
+from qatcli.evaluation.perplexity import divergence
 from qatcli.grid import initial_grid
 from qatcli.models.blocks import BlockModel, open_blocks
 from qatcli.models.readers import readers_behind, stream_readers
@@ -151,8 +151,8 @@ def _quantize(recipe: Recipe, setting: Setting) -> tuple[float, list[BlockResult
         )
         for flow in (train, held_out):
             advance_stream(flow, block, arguments, batch_size=4, device=device)
-    ours, theirs = (each[:, :-1].log_softmax(-1).flatten(0, 1) for each in (_logits(setting, held_out), setting.logits))
-    return float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True)), results
+    ours, theirs = (each[:, :-1] for each in (_logits(setting, held_out), setting.logits))
+    return divergence(ours, theirs, device).mean_kl, results
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from qatcli import machine
 from qatcli.casting import all_finite
 from qatcli.errors import DivergedError, ResourceError
 from qatcli.models.blocks import BlockModel, run_block
+from qatcli.recipe.schema import CacheSection
 from qatcli.training import autocast
 
 SWEEP_BATCH = 4  # windows per pass of a sweep whose batch size no recipe key sets
@@ -85,18 +86,17 @@ class StreamBudget:
             file.unlink(missing_ok=True)  # the mapping keeps it; nothing is left behind however the process ends
 
 
-def stream_budget(
-    device: torch.device, directory: Path, *, device_gb: float | None, host_gb: float | None
-) -> StreamBudget:
-    """A budget of so many GiB; None takes half of the memory that is free now, of the device and of the host.
+def stream_budget(device: torch.device, cache: CacheSection, directory: Path) -> StreamBudget:
+    """What a recipe allows; where it says nothing half of the memory that is free now, of the device and of the host,
+    and files in `directory`.
 
-    On a CPU the host's memory is the device's, and `device_gb` has no meaning.
+    On a CPU the host's memory is the device's, and `cache.device_gb` has no meaning.
     """
     on_device = 0
     if device.type != "cpu":
-        on_device = machine.device_memory(device) // 2 if device_gb is None else int(device_gb * 2**30)
-    in_host = machine.host_memory() // 2 if host_gb is None else int(host_gb * 2**30)
-    return StreamBudget(device, on_device, in_host, directory)
+        on_device = machine.device_memory(device) // 2 if cache.device_gb is None else int(cache.device_gb * 2**30)
+    in_host = machine.host_memory() // 2 if cache.host_gb is None else int(cache.host_gb * 2**30)
+    return StreamBudget(device, on_device, in_host, Path(cache.dir or directory))
 
 
 def read_batches(

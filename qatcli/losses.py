@@ -21,7 +21,7 @@ ROWS = 64  # tokens whose fp32 logits exist at a time; with 50k tokens of vocabu
 
 @dataclass(frozen=True)
 class SparseTarget:
-    """N distributions, of each k weighted tokens: tokens int [N, k], weights fp32 [N, k] that add up to one, and the
+    """N distributions, of each k weighted tokens: tokens int [N, k], weights [N, k] that add up to one, and the
     entropy [N] of the whole distribution in nats, by which the cross-entropy exceeds the divergence."""
 
     tokens: Tensor

@@ -16,7 +16,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 UNSEEN_GPU = 80 * 2**30  # bytes of one that a plan is made for and that is not here, a guess
-SHARE = 0.8  # of the free memory that a model may take: the rest is for what it computes
+SHARE = 0.95  # of the free memory that a model may take: the rest is the least that computing takes
 
 
 def host_memory() -> int:
@@ -61,7 +61,7 @@ def device_memory(device: torch.device) -> int:
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Whether a model of so many bytes leaves a fifth of the memory that is free where it would be."""
+    """Whether a model of so many bytes leaves anything of the memory that is free where it would be."""
     import torch
 
     if device.type == "cpu":

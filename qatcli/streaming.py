@@ -12,12 +12,12 @@ from qatcli.activations import (
     SWEEP_BATCH,
     StreamBudget,
     advance_stream,
-    check_range,
     fill_streams,
     in_order,
     read_batches,
 )
 from qatcli.models.blocks import BlockModel
+from qatcli.progress import Bar
 from qatcli.training import autocast
 
 PART = 256  # windows that go through the blocks together: so often all weights are read, so large is the stream
@@ -31,17 +31,14 @@ class StreamedModel:
     budget: Callable[[], StreamBudget]
 
     def steps(self, windows: Tensor) -> int:
-        """How often `logits` calls `progress` for windows int [S, T]."""
-        return len(self.model) * -(-len(windows) // PART)
+        """Units of `logits` for windows int [S, T]: each goes through every block."""
+        return len(self.model) * len(windows)
 
     @torch.no_grad()
-    def logits(
-        self, windows: Tensor, dtype: torch.dtype, progress: Callable[[int], None] = lambda tokens: None
-    ) -> Iterator[Tensor]:
+    def logits(self, windows: Tensor, dtype: torch.dtype, bar: Bar) -> Iterator[Tensor]:
         """Logits [T, V] of each of windows int [S, T], on the budget's device.
 
-        `progress` is called after each block with the number of tokens that went through it. DivergedError when fp16
-        does not hold the hidden states.
+        `bar` advances after each block by the windows that went through it.
         """
         budget, model, (count, seq_len) = self.budget(), self.model, windows.shape
         device = budget.device
@@ -54,10 +51,10 @@ class StreamedModel:
                 block = model.load_block(index, device, dtype)
                 advance_stream(hidden, block, given, batch_size=SWEEP_BATCH, device=device)
                 del block  # before the next is there
-                progress(tokens.numel())
-            check_range(hidden, "the last block")
+                bar.advance(len(tokens), tokens=tokens.numel())
             with model.head(device, dtype) as head:
                 for (window,) in read_batches([hidden], in_order(len(hidden), 1), device):
                     with autocast(device, dtype):
                         logits = head(window)[0]
                     yield logits
+                    bar.note()

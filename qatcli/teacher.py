@@ -9,7 +9,7 @@ the whole distribution: 64 tokens teach as well as all do, where the 64 likelies
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from qatcli.casting import all_finite
+from qatcli.errors import DivergedError
 from qatcli.losses import ROWS, TINY, SparseTarget
 from qatcli.progress import Bar
 from qatcli.shards import load_state, save_state
 from qatcli.streaming import PART, StreamedModel
 
-KEPT_BYTES = 6  # of a kept token: its number and its weight
+KEPT_BYTES, ENTROPY_BYTES = 6, 4  # of a kept token, its number and its weight; of each position
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,17 @@ class Teacher:
         ]
 
     def make(self, model: StreamedModel, dtype: torch.dtype, bar: Bar) -> None:
-        """Compute and write the files that are not there yet. `bar` counts the blocks of all parts.
+        """Compute and write the files that are not there yet. `bar` counts the steps of all windows.
 
-        InputError when a file that is there is damaged, DivergedError when fp16 does not hold the hidden states.
+        InputError when a file that is there is damaged, DivergedError when the logits are not finite.
         """
         for part, (file, windows) in enumerate(self.parts()):
-            if file.is_file() and load_state(file):
+            if file.is_file():
+                load_state(file)  # which compares its digest
                 bar.advance(model.steps(windows), reused=True)
-                continue
-            generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + part)
-            logits = model.logits(windows, dtype, lambda tokens: bar.advance(tokens=tokens))
-            made = [vars(keep_tokens(each, self.kept, generator)) for each in logits]
-            save_state(file, {name: torch.stack([each[name] for each in made]) for name in made[0]})
+            else:
+                generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + part)
+                save_state(file, self._distributions(model.logits(windows, dtype, bar), generator))
 
     def __call__(self, split: str, rows: Tensor) -> SparseTarget:
         """Those of the windows `rows` int [B], one position of a window behind the other."""
@@ -71,12 +72,25 @@ class Teacher:
         kept = SparseTarget(*parts)
         return replace(kept, weights=F.normalize(kept.weights.float(), p=1, dim=-1))  # but for fp16's rounding it is so
 
+    def _distributions(self, logits: Iterable[Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """What a file holds, of the logits [T, V] of its windows."""
+        made = [vars(keep_tokens(each, self.kept, generator)) for each in logits]
+        return {name: torch.stack([each[name] for each in made]) for name in made[0]}
+
     def _file(self, split: str, index: int) -> Path:
         return self.directory / f"resume.teacher-{split}-{index:05d}.safetensors"
 
 
 def keep_tokens(logits: Tensor, kept: int, generator: torch.Generator) -> SparseTarget:
-    """`kept` tokens, or all if there are no more, of each of the distributions of logits [T, V]."""
+    """`kept` tokens, or all if there are no more, of each of the distributions of logits [T, V]; weights are in fp16.
+
+    DivergedError when logits are not finite.
+    """
+    if not all_finite(logits):
+        raise DivergedError(
+            "the logits of the full-precision model are not finite",
+            hint="set e2e_qp.amp to bfloat16 or float32, or check the model's files",
+        )
     drawn = kept // 2 if kept < logits.shape[-1] else 0
     found = []
     for rows in logits.split(ROWS):  # few of them in fp32 at a time

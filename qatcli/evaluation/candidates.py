@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 from qat_kernels import fake_quant
-from qatcli.activations import stream_budget
+from qatcli.activations import StreamBudget, stream_budget
 from qatcli.blockfiles import block_quants
+from qatcli.errors import InputError
 from qatcli.grid import ZeroPoints, initial_grid
 from qatcli.hf import load_packed
 from qatcli.machine import fits
@@ -49,15 +51,18 @@ def full_precision(
     *,
     keep: bool,
     name: str = "full_precision",
-    cache: CacheSection | None = None,
+    budget: Callable[[], StreamBudget] | None = None,
 ) -> Candidate:
     """A model that transformers loads by itself, in the dtype of its checkpoint, or block by block where it does not
-    fit, its activations where `cache` has them. A GGUF file's size is the file's."""
+    fit: then `budget` says where the activations may be. A GGUF file's size is the file's."""
     loaded_as = "GGUF, dequantized to fp32" if source.gguf else "weights as stored"
     load, streamed = partial(source.load_model, "auto", device), None
-    if not fits(source.bytes(fp32=compute_dtype("auto", device) == torch.float32), device):
-        loaded_as += ", block by block"
-        streamed = partial(_block_by_block, source, device, cache or CacheSection())
+    dtype = compute_dtype("auto", device)
+    if not source.quantized and not fits(source.bytes(fp32=dtype == torch.float32), device):
+        with suppress(InputError):  # a family that is not read so is loaded as a whole, if it can be
+            budget = budget or partial(stream_budget, device, CacheSection(), Path(tempfile.gettempdir()))
+            streamed = partial(StreamedModel, open_blocks(source), budget)
+            loaded_as = f"block by block, in {str(dtype).removeprefix('torch.')}"
     return Candidate(name, load, source.tokenizer, source.path, loaded_as, source.gguf, keep, streamed)
 
 
@@ -98,12 +103,6 @@ def packed(
         path,
         "packed codes",
     )
-
-
-def _block_by_block(source: ModelSource, device: torch.device, cache: CacheSection) -> StreamedModel:
-    place = Path(cache.dir or tempfile.gettempdir())
-    budget = partial(stream_budget, device, place, device_gb=cache.device_gb, host_gb=cache.host_gb)
-    return StreamedModel(open_blocks(source), budget)
 
 
 def _rounded(weight: torch.Tensor, bits: int, group_size: int, *, zero_points: ZeroPoints) -> torch.Tensor:

@@ -108,6 +108,12 @@ def measure(
         "speed_protocol": conditions(device, **settings) if settings else None,
         "prompts": list(config.prompts),
     }
+    for subject in subjects:
+        if subject.streamed and not config.perplexity:
+            raise InputError(
+                f"{subject.name} does not fit: nothing but perplexity and divergence of it can be measured",
+                hint="name texts (--text, eval.perplexity), or use a device with more memory",
+            )
     expected: Expected | None = None
     if base is not None:
         _check_tokenizers(subjects, base)
@@ -143,7 +149,7 @@ def expected_logits(base: Subject, device: torch.device, dtype: torch.dtype, log
     """What divergence is from, by the name of a text.
 
     Computed when it is asked for, or at once and kept, and the model is released: where one model fits on a GPU, two of
-    them may not, and what is read block by block is read once.
+    them may not, and what is read block by block is not read again for every model.
     """
 
     def compute(text: str) -> Iterator[Tensor]:
@@ -221,7 +227,8 @@ def _quality(
     path = subject.candidate.path
 
     def kept(protocol: dict[str, Any], get: Callable[[], Any]) -> Any:
-        if not (config.cache and subject.candidate.keep and path is not None):
+        # Block by block numbers round otherwise, and depend on more code than a kept one is checked against.
+        if not (config.cache and subject.candidate.keep and path is not None) or subject.streamed:
             return get()
         return remembered({**protocol, "compute": _name(dtype)}, path, device, get)
 
@@ -258,20 +265,27 @@ def _perplexity(
         return perplexity(_logits(subject, windows, device, dtype, log), windows)
     batch = max(1, BATCH_TOKENS // windows.shape[1])
     with log.progress(f"perplexity {subject.name} {text}", len(windows)) as bar:
-        logits = _logits(subject, windows, device, dtype, log, batch_size=batch)
-        return perplexity(logits, windows, lambda count: bar.advance(count, tokens=count * windows.shape[1]))
+        model = _fast(subject, device, dtype)
+        logits = window_logits(
+            model,
+            windows,
+            batch_size=batch,
+            device=device,
+            dtype=dtype,
+            progress=lambda count: bar.advance(count, tokens=count * windows.shape[1]),
+        )
+        return perplexity(logits, windows)
 
 
 def _logits(
-    subject: Subject, windows: Tensor, device: torch.device, dtype: torch.dtype, log: RunLog, *, batch_size: int = 1
+    subject: Subject, windows: Tensor, device: torch.device, dtype: torch.dtype, log: RunLog
 ) -> Iterator[Tensor]:
     """Of each of the windows, from the model or block by block."""
     if subject.streamed is None:
-        model = _fast(subject, device, dtype)
-        yield from window_logits(model, windows, batch_size=batch_size, device=device, dtype=dtype)
+        yield from window_logits(_fast(subject, device, dtype), windows, device=device, dtype=dtype)
         return
-    with log.progress(f"blocks of {subject.name}", subject.streamed.steps(windows)) as bar:
-        yield from subject.streamed.logits(windows, dtype, lambda tokens: bar.advance(tokens=tokens))
+    with log.progress(f"{subject.name}, block by block", subject.streamed.steps(windows)) as bar:
+        yield from subject.streamed.logits(windows, dtype, bar)
 
 
 def _fast(subject: Subject, device: torch.device, dtype: torch.dtype) -> Any:

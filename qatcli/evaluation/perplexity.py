@@ -39,18 +39,26 @@ def compared(windows: Tensor) -> Tensor:
 
 
 def window_logits(
-    model: Any, windows: Tensor, *, batch_size: int = 1, device: torch.device, dtype: torch.dtype
+    model: Any,
+    windows: Tensor,
+    *,
+    batch_size: int = 1,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Tensor]:
-    """The model's logits [T, V] of each of windows int [W, T], computed `batch_size` windows at a time."""
+    """The model's logits [T, V] of each of windows int [W, T], computed `batch_size` windows at a time.
+
+    `progress` is called with that number when they have been used.
+    """
     for batch in windows.split(batch_size):
         with torch.no_grad(), autocast(device, dtype):
             logits = model(input_ids=batch.to(device, torch.long), use_cache=False).logits
         yield from logits
+        progress(len(batch))
 
 
-def perplexity(
-    logits: Iterable[Tensor], windows: Tensor, progress: Callable[[int], None] = lambda count: None
-) -> float:
+def perplexity(logits: Iterable[Tensor], windows: Tensor) -> float:
     """exp of the mean negative log-likelihood over `windows` int [W, T], each scored on its own (T - 1 predictions), by
     the logits [T, V] of each.
 
@@ -59,7 +67,6 @@ def perplexity(
     total = 0.0
     for row, window in zip(logits, windows, strict=True):  # fp32 logits of one window at a time
         total += float(F.cross_entropy(row[:-1].float(), window[1:].to(row.device, torch.long)))
-        progress(1)
     mean = total / len(windows)
     return math.exp(mean) if mean < 700 else math.inf
 

@@ -20,10 +20,10 @@ def tables(metrics: dict[str, Any]) -> Iterator[RenderableType]:
     labels = _labels(list(metrics["models"]))
     if metrics["protocol"]:
         yield _texts(metrics, labels)
-    if metrics["zero_shot_protocol"]:
+    if metrics["zero_shot_protocol"] and any(found["zero_shot"] for found in metrics["models"].values()):
         yield _tasks(metrics, labels)
     yield _sizes(metrics, labels)
-    if metrics["speed_protocol"]:
+    if metrics["speed_protocol"] and any(found["speed"] for found in metrics["models"].values()):
         yield _speeds(metrics, labels)
     samples = {name: found["samples"] for name, found in metrics["models"].items() if found.get("samples")}
     if samples:

@@ -98,15 +98,17 @@ class BlockModel:
     def head(self, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function from the last block's outputs [B, T, H] to logits [B, T, V]: all that follows the blocks.
 
-        InputError when the checkpoint has no output layer that this could be.
+        InputError when the model has no output layer, or the checkpoint none that this could be.
         """
         model = self.skeleton
         output = model.get_output_embeddings()
-        (name,) = (name for name, module in model.named_modules() if module is output)
-        parameters = [f"{name}.{each}" for each, _ in output.named_parameters()]
+        names = [name for name, module in model.named_modules() if module is output]
+        if output is None or not names:
+            raise InputError(f"{self.source.path}: {type(model).__name__} has no output layer; unsupported model")
+        tied = bool(model.config.get_text_config().tie_word_embeddings)
         with self.prelude(device, dtype) as (_, record):
-            for each in parameters:
-                if each.endswith(".weight") and model.config.get_text_config().tie_word_embeddings:
+            for each in (f"{names[0]}.{parameter}" for parameter, _ in output.named_parameters()):
+                if tied and each.endswith(".weight") and each not in self.source.shards:
                     value = model.get_input_embeddings().weight
                 else:
                     stored = self._stored_name(each)
@@ -118,11 +120,7 @@ class BlockModel:
                 found = model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long, device=device), use_cache=False)
                 return torch.as_tensor(found.logits)
 
-            try:
-                yield logits
-            finally:
-                for each in parameters:  # a tied one has two names, of which `prelude` sees the first
-                    _set_parameter(model, each, model.get_parameter(each).to("meta"))
+            yield logits
 
     def _stored_name(self, name: str) -> str:
         """What the checkpoint calls a parameter of the output layer: as the model does, or else (GPT-NeoX) the one
@@ -136,7 +134,7 @@ class BlockModel:
         if len(left) != 1:
             raise InputError(
                 f"{self.source.path} has no tensor `{name}`, the model's output layer",
-                hint="copy the checkpoint again, or learn from the text alone: e2e_qp.text_weight 1",
+                hint="copy the checkpoint again; if it is complete, its family is not read block by block",
             )
         return left[0]
 
@@ -274,8 +272,8 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Te
 
 
 def _without_head(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters that are read one at a time: all but those of an untied output layer, which comes with
-    the whole model only, and which some families' checkpoints call otherwise (GPT-NeoX)."""
+    """Names of the parameters that are read one at a time: all but those of an untied output layer, which `head`
+    reads, and which some families' checkpoints call otherwise (GPT-NeoX)."""
     head, own = model.get_output_embeddings(), set()
     if head is not None:
         own = {id(p) for p in head.parameters()} - {id(p) for p in model.get_input_embeddings().parameters()}

@@ -48,6 +48,12 @@ class ModelSource:
         """The tokenizer that travels with the model."""
         return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the config says that the weights are codes, which what reads single tensors takes for weights."""
+        config = read_config(self.path)
+        return "quantization_config" in config or bool(config.get("quantization"))
+
     def bytes(self, *, fp32: bool = False) -> int:
         """Of all weights, as they are stored or in fp32."""
         if fp32:
@@ -67,7 +73,7 @@ class ModelSource:
         return tensors
 
     def load_model(self, dtype: torch.dtype | str, device: torch.device) -> Any:
-        """The whole model: the end-to-end teacher, or to be evaluated. InputError when it does not load, or not all."""
+        """The whole model, to be evaluated. InputError when it does not load, or not all."""
         return load_complete(self.path, dtype=dtype, trust_remote_code=self.trust_remote_code).to(device).eval()
 
 

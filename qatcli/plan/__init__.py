@@ -30,10 +30,12 @@ KNOBS = {
     "calibrate": "lower calibrate.moment_samples, calibrate.seq_len or block_ap.cache.host_gb",
     "block-ap": "lower block_ap.batch_size, calibrate.seq_len, or block_ap.cache.device_gb and host_gb, which puts "
     "activations into files",
-    "e2e-qp": "lower e2e_qp.micro_batch_size or e2e_qp.seq_len, or set e2e_qp.gradient_checkpointing",
+    "e2e-qp": "lower e2e_qp.micro_batch_size or e2e_qp.seq_len, or set e2e_qp.gradient_checkpointing; "
+    "block_ap.cache.device_gb and host_gb bound the activations of full precision",
     "pack": "close other programs",
     "export": "set export.runtimes to false, which leaves logits uncompared",
-    "eval": "lower eval.perplexity's seq_len or eval.zero_shot.batch_tokens, set eval.kl: false, or cut eval.baselines",
+    "eval": "lower eval.perplexity's seq_len or eval.zero_shot.batch_tokens, set eval.kl: false, cut eval.baselines, "
+    "or lower block_ap.cache.device_gb and host_gb",
 }
 
 
@@ -77,12 +79,11 @@ def need(s: Setting, stage: str, variant: str = "") -> Need:
 def setting(recipe: Recipe, device: torch.device, run_dir: Path) -> Setting:
     """What plans of this recipe are made for, streams placed by what is free now."""
     cache = recipe.block_ap.cache
+    if device.type == "cuda" and not torch.cuda.is_available() and cache.device_gb is None:
+        cache = cache.model_copy(update={"device_gb": 0.0})  # it is elsewhere: nothing is known of its memory
 
     def budget() -> StreamBudget:
-        given = cache.device_gb
-        if device.type == "cuda" and not torch.cuda.is_available() and given is None:
-            given = 0.0  # the GPU that it is for is elsewhere: nothing is known of its memory
-        return stream_budget(device, Path(cache.dir or run_dir), device_gb=given, host_gb=cache.host_gb)
+        return stream_budget(device, cache, run_dir)
 
     return Setting(recipe, _model(recipe), device, budget)
 

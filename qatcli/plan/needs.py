@@ -26,7 +26,7 @@ from qatcli.packed import ModuleQuant
 from qatcli.plan.model import PlannedModel, groups_of, packed_bytes
 from qatcli.recipe import DataSource, Recipe
 from qatcli.streaming import PART
-from qatcli.teacher import KEPT_BYTES
+from qatcli.teacher import ENTROPY_BYTES, KEPT_BYTES
 from qatcli.training import compute_dtype
 
 FP32 = 4
@@ -99,6 +99,12 @@ class Setting:
     def has_teacher(self) -> bool:
         """Whether e2e-qp learns from full precision."""
         return self.recipe.e2e_qp.text_weight < 1
+
+    @property
+    def kept_bytes(self) -> int:
+        """What e2e-qp keeps of the teacher's distribution at one position."""
+        tokens = min(self.recipe.e2e_qp.teacher_tokens, self.model.vocabulary)
+        return tokens * KEPT_BYTES + ENTROPY_BYTES if self.has_teacher else 0
 
     @property
     def full_precision(self) -> int:
@@ -218,7 +224,8 @@ def e2e_qp(s: Setting) -> list[Phase]:
     # Of the scales: gradients, Adam's moments, the best state; by reach also their units, and what they were in a step.
     copies_of_scales = 6 if config.lr_units == "reach" else 4
     models = {"student": student, "scales": copies_of_scales * FP32 * groups}
-    taught = {"kept tokens": min(PART, config.samples) * config.seq_len * config.teacher_tokens * KEPT_BYTES}
+    # As they are made, and once more together.
+    taught = {"kept tokens": 2 * min(PART, config.samples) * config.seq_len * s.kept_bytes}
     cast = dtype.itemsize * head if model.tied and dtype != torch.float32 else 0
     work = {"activations": kept, "logits and their gradient": 2 * logits, "head": cast}
     return [
@@ -316,8 +323,7 @@ def disk_bytes(s: Setting, stage: str, variant: str = "") -> int:
     if stage == "e2e-qp":
         windows = (recipe.e2e_qp.samples + recipe.e2e_qp.validation_samples) * recipe.e2e_qp.seq_len
         state = 4 * FP32 * groups_of(model.linears.values())  # now, best, two moments; a new one beside the old
-        kept = recipe.e2e_qp.teacher_tokens * KEPT_BYTES if s.has_teacher else 0
-        return training + (4 + kept) * windows + 2 * state
+        return training + (4 + s.kept_bytes) * windows + 2 * state
     return training
 
 
@@ -361,15 +367,15 @@ def _first_inputs(s: Setting, inside: dict[str, int], beside: dict[str, int], *,
 
 def _block_by_block(s: Setting, stage: str, seq_len: int, dtype: torch.dtype, kept: dict[str, int]) -> list[Phase]:
     """Run full precision over windows, a block in memory at a time; `kept` is what is made of the logits of a part."""
-    model, (inside, beside) = s.model, s.held(stage)
+    model, (inside, beside), size = s.model, s.held(stage), dtype.itemsize
     block, ends = model.block_sizes[model.largest], model.outside
     forward = model.passes("dense", SWEEP_BATCH, seq_len, dtype, dtype).forward
-    logits = seq_len * model.vocabulary * dtype.itemsize
-    read = _read(s, beside, block, tokenizer=TOKENIZER)
+    logits = {"logits": 2 * seq_len * model.vocabulary * size}  # of one window while the next one's are made
+    read, head = (_read(s, beside, count, tokenizer=TOKENIZER) for count in (block, ends))
     return [
         _first_inputs(s, inside, beside, tokenizer=TOKENIZER),
-        Phase("full precision", {**inside, "block": dtype.itemsize * block}, {"work": forward}, read),
-        Phase("its head", {**inside, "embedding and head": dtype.itemsize * ends}, {"logits": logits}, beside | kept),
+        Phase("full precision", {**inside, "block": size * block}, {"work": forward}, read),
+        Phase("its head", {**inside, "embedding and head": size * ends}, logits, head | kept),
     ]
 
 

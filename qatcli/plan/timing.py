@@ -80,7 +80,7 @@ def work(s: Setting) -> dict[str, Work]:
     backward = 3 if end.gradient_checkpointing else 2
     checks = 1 + end.epochs * end.samples // (end.batch_size * end.checkpoint_every)
     windows = end.epochs * end.samples * (1 + backward) + end.validation_samples * checks
-    windows += (end.samples + end.validation_samples) * s.has_teacher
+    windows += (end.samples * (end.epochs > 0) + end.validation_samples) * s.has_teacher
     return {
         "calibrate": Work(_forward(model, inside, moments, calibrate.seq_len), search),
         "block-ap": Work(blocks, (search if block.rounding == "gptq" else 0) + STEP_PASSES * FP32 * steps * inside),

@@ -146,7 +146,7 @@ class CalibrateSection(Section):
     seq_len: Annotated[int, Number, Field(ge=8)] = 2048
     """Tokens per window."""
     seed: Annotated[CountOrZero, Field(lt=2**32)] = 2
-    """Seed of the choice of documents and windows, and of the order of training."""
+    """Seed of the choice of documents and windows, of the order of training and of `e2e_qp.teacher_tokens`."""
     moment_samples: CountOrZero = 64
     """Training windows, at most, from which the second moments of every linear's inputs are measured, and GPTQ's."""
 
@@ -204,7 +204,7 @@ class BlockApSection(Section):
     compile: bool | None = None
     """`torch.compile` the blocks that train; null does so on a GPU. Results differ by rounding."""
     cache: CacheSection = CacheSection()
-    """Where the activations live, those of `calibrate` and `e2e_qp.teacher_tokens` too."""
+    """Where the activations live, those of the other stages too."""
 
 
 class E2eQpSection(Section):

@@ -287,11 +287,9 @@ def _settings(keys: Iterable[str], recipe: dict[str, Any]) -> dict[str, Any]:
 def open_model(job: Job) -> ModelSource:
     """The recipe's full-precision model. InputError when it is not, or the job's input was made from another one."""
     from qatcli.models.source import open_source
-    from qatcli.packed import read_config
 
     source = open_source(**job.recipe.model.model_dump())
-    config = read_config(source.path)
-    if "quantization_config" in config or config.get("quantization"):
+    if source.quantized:
         raise InputError(
             f"model.source {job.recipe.model.source} is quantized already: its config.json says so",
             hint="give the full-precision model; `qat import` and `qat eval` read quantized ones",

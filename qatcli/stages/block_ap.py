@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,8 +76,7 @@ def run(job: Job) -> dict[str, Any]:
     _check_grids(job, model)
     dtype = compute_dtype(config.amp, job.device)
     tokens, held_out_tokens = (windows.tokens for windows in load_windows(job.input.path))
-    cache = config.cache
-    budget = stream_budget(job.device, Path(cache.dir or job.out), device_gb=cache.device_gb, host_gb=cache.host_gb)
+    budget = stream_budget(job.device, config.cache, job.out)
     train = _open_streams(job, model, "train", tokens, budget, dtype)
     held_out = _open_streams(job, model, "validation", held_out_tokens, budget, dtype)
     arguments = model.block_arguments(tokens.shape[1], job.device, torch.float32)

@@ -101,11 +101,10 @@ def _refuse_another_model(out: Path, source: ModelSource) -> None:
 def _blocks_with_moments(job: Job, model: BlockModel, windows: Tensor) -> Any:
     """Each full-precision block with the mean square of every linear's inputs, {name: [K]}; empty without windows."""
     dtype = compute_dtype(job.recipe.block_ap.amp, job.device)
-    cache = job.recipe.block_ap.cache
     stream = torch.empty(0)
     arguments: list[dict[str, Any]] = []
     if len(windows):
-        budget = stream_budget(job.device, Path(cache.dir or job.out), device_gb=cache.device_gb, host_gb=cache.host_gb)
+        budget = stream_budget(job.device, job.recipe.block_ap.cache, job.out)
         hidden = model.hidden_size
         stream = budget.allocate("calibrate", (*windows.shape, hidden), dtype)
         fill_streams([stream], model, windows, job.device, dtype)

@@ -84,11 +84,11 @@ def trained_parameters(student: nn.Module, config: E2eQpSection) -> dict[str, nn
 
 
 def _store_as_computed(student: Any, dtype: torch.dtype) -> None:
-    """Keep linears that stay dense, the output layer first of all, in the type that autocast makes of them anyway: in
-    every pass, beside their fp32. One that shares its weight with the embeddings stays, as do these."""
+    """Keep linears that stay dense, the output layer first of all, in the type that autocast makes of them anyway, in
+    every pass and beside their fp32. One that shares its weight with the embeddings stays, as do these."""
     shared = student.get_input_embeddings().weight
     for module in student.modules():
-        if isinstance(module, nn.Linear) and module.weight is not shared:
+        if isinstance(module, nn.Linear) and module.weight is not shared and module.weight.dtype != dtype:
             module.to(dtype)
 
 
@@ -170,6 +170,7 @@ class _Trainer:
 
     def _loss(self, split: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Sum of the loss over the target tokens of these windows."""
+        _store_as_computed(self.student, dtype)  # again: after a non-finite loss it is fp32, of what was rounded
         device, text = self.job.device, self.windows[split][rows]
         tokens = text.tokens.long()
         target = self.teacher(split, rows) if self.teacher is not None else None
@@ -257,16 +258,17 @@ class _Trainer:
 
 def _teacher(job: Job, windows: dict[str, Tensor], dtype: torch.dtype) -> Teacher | None:
     """What is kept of the full-precision model, which is made here; None where the text alone is learned."""
-    config, cache, device = job.recipe.e2e_qp, job.recipe.block_ap.cache, job.device
+    config, device = job.recipe.e2e_qp, job.device
     if config.text_weight == 1:
         return None
-    model = open_blocks(open_model(job))
-    use_tiled_attention(model.skeleton, device)
+    if not config.epochs:
+        windows = {"validation": windows["validation"]}
+    blocks = open_blocks(open_model(job))
+    use_tiled_attention(blocks.skeleton, device)
     teacher = Teacher(job.out, windows, config.teacher_tokens, job.recipe.calibrate.seed, device)
-    place = Path(cache.dir or job.out)
-    budget = partial(stream_budget, device, place, device_gb=cache.device_gb, host_gb=cache.host_gb)
-    with job.log.progress("e2e-qp: the full-precision model", len(model) * len(teacher.parts())) as bar:
-        teacher.make(StreamedModel(model, budget), dtype, bar)
+    model = StreamedModel(blocks, partial(stream_budget, device, job.recipe.block_ap.cache, job.out))
+    with job.log.progress("e2e-qp: the full-precision model", sum(map(model.steps, windows.values()))) as bar:
+        teacher.make(model, dtype, bar)
     release_memory()  # its stream
     return teacher
 

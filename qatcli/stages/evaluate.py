@@ -6,8 +6,10 @@ Writes: metrics (eval.json), of the result and of the recipe's baselines. Every 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from qatcli.activations import stream_budget
 from qatcli.directory import BASELINE, open_stage, write_json
 from qatcli.evaluation.candidates import Candidate, full_precision, packed, round_to_nearest
 from qatcli.evaluation.measure import measure
@@ -25,7 +27,8 @@ def run(job: Job) -> dict[str, Any]:
     """Measure the result and its baselines."""
     config = job.recipe.eval
     source = open_model(job)
-    reference = full_precision(source, job.device, keep=True, cache=job.recipe.block_ap.cache)
+    budget = partial(stream_budget, job.device, job.recipe.block_ap.cache, job.out)
+    reference = full_precision(source, job.device, keep=True, budget=budget)
     baselines = [reference] if "full_precision" in config.baselines else []
     metrics = measure(
         [*baselines, *_others(job, source)],

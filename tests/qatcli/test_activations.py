@@ -21,6 +21,7 @@ from qatcli.activations import (
     write_back,
 )
 from qatcli.errors import ResourceError
+from qatcli.recipe.schema import CacheSection
 
 CPU = torch.device("cpu")
 SHAPE = (6, 5, 8)
@@ -172,7 +173,8 @@ def test_the_budget_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(machine, "device_memory", lambda _: 2001)
 
     def budget(device: str, device_gb: float | None, host_gb: float | None) -> tuple[int, int]:
-        found = stream_budget(torch.device(device), tmp_path, device_gb=device_gb, host_gb=host_gb)
+        found = stream_budget(torch.device(device), CacheSection(device_gb=device_gb, host_gb=host_gb), tmp_path)
+        assert found.directory == tmp_path
         return found.device_bytes, found.host_bytes
 
     assert budget("cpu", None, None) == (0, 500)
@@ -180,6 +182,7 @@ def test_the_budget_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert budget("cuda", None, None) == (1000, 500)
     assert budget("cuda", 0, 0) == (0, 0)
     assert budget("cuda", 0.5, None) == (2**29, 500)
+    assert stream_budget(torch.device("cpu"), CacheSection(dir="/elsewhere"), tmp_path).directory == Path("/elsewhere")
 
 
 def test_pinned_memory_is_released_before_it_is_unmapped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qatcli import streaming, teacher
 from qatcli.activations import StreamBudget
-from qatcli.errors import InputError
+from qatcli.errors import DivergedError, InputError
 from qatcli.models.blocks import open_blocks
 from qatcli.models.source import open_source
 from qatcli.progress import Bar
@@ -40,9 +40,10 @@ def make(random_llama: Path, tmp_path: Path) -> Make:
     """A function that makes a teacher's files; the bar that it showed."""
 
     def made(kept: Teacher) -> Bar:
-        model = open_blocks(open_source(str(random_llama)))
-        bar = Bar("", len(model) * len(kept.parts()), 0, lambda _: None)
-        kept.make(StreamedModel(model, lambda: StreamBudget(CPU, 0, 2**20, tmp_path)), FP32, bar)
+        blocks = open_blocks(open_source(str(random_llama)))
+        model = StreamedModel(blocks, lambda: StreamBudget(CPU, 0, 2**20, tmp_path))
+        bar = Bar("", sum(map(model.steps, kept.windows.values())), 0, lambda _: None)
+        kept.make(model, FP32, bar)
         return bar
 
     return made
@@ -54,7 +55,7 @@ def test_they_are_those_of_the_whole_model(
 ) -> None:
     kept = Teacher(tmp_path, windows, KEPT, 2, CPU)
     bar = make(kept)
-    assert bar.count == bar.total == 3 * 4  # blocks, parts: three of the training windows, one of the others
+    assert bar.count == bar.total == 3 * (7 + 2)  # blocks, windows
     whole = open_source(str(random_llama)).load_model(FP32, CPU)
     rows = torch.randperm(len(windows[split]))
     p = whole(input_ids=windows[split][rows].long()).logits.detach().flatten(0, 1).softmax(-1)
@@ -88,6 +89,13 @@ def test_a_token_that_is_certain_leaves_nothing_to_the_others() -> None:
     assert (found.tokens[:, 0] == 7).all()
     assert torch.equal(found.weights, torch.tensor([1, 0, 0, 0], dtype=torch.float16).expand(5, -1))
     assert torch.equal(found.entropy, torch.zeros(5))
+
+
+def test_logits_that_are_not_finite_are_not_learned_from() -> None:
+    logits = torch.randn(5, 30)
+    logits[3, 2] = float("nan")
+    with pytest.raises(DivergedError, match="not finite"):
+        keep_tokens(logits, 4, torch.Generator().manual_seed(1))
 
 
 def test_draws_depend_on_the_seed_and_not_on_what_was_there_before(

@@ -25,9 +25,10 @@ from qatcli.evaluation.opening import open_candidate
 from qatcli.evaluation.tables import tables
 from qatcli.hf import load_packed
 from qatcli.linear import PackedLinear, dense_linears
-from qatcli.models.source import ModelSource
+from qatcli.models.source import ModelSource, open_source
 from qatcli.recipe import EvalSection, PerplexityText, SpeedSection
 from qatcli.runlog import RunLog
+from qatcli.training import compute_dtype
 
 CPU = torch.device("cpu")
 QUIET = RunLog(verbosity=-1)
@@ -94,12 +95,11 @@ def test_full_precision_that_does_not_fit_is_read_block_by_block(
     expected = _compare(packed, tiny_llama, config)
     monkeypatch.setattr(candidates, "fits", lambda *_: False)
     monkeypatch.setattr(ModelSource, "load_model", lambda *_: pytest.fail("loaded as a whole"))
-    config = config.model_copy(update={"cache": False})
     warned: list[str] = []
     monkeypatch.setattr(RunLog, "warn", lambda _, text: warned.append(text))
     found = _compare(packed, tiny_llama, config)
     (full, quantized), (whole, same) = (list(each["models"].values()) for each in (found, expected))
-    assert full["loaded_as"] == "weights as stored, block by block"
+    assert full["loaded_as"] == f"block by block, in {str(compute_dtype('auto', CPU)).removeprefix('torch.')}"
     assert full["perplexity"]["tiny"] == pytest.approx(whole["perplexity"]["tiny"], rel=1e-4)
     assert full["size"] == whole["size"]
     assert (full["speed"], full["zero_shot"], full.get("samples")) == (None, None, None)
@@ -111,6 +111,38 @@ def test_full_precision_that_does_not_fit_is_read_block_by_block(
     for table in tables(found):
         console.print(table)
     assert "block by block" in console.file.getvalue()  # type: ignore[attr-defined]
+    alone = compare([str(tiny_llama)], config, against=None, device=CPU, log=QUIET)
+    assert [table.renderables[0].title for table in tables(alone)] == [  # type: ignore[attr-defined]
+        *("perplexity and divergence from full precision", "size")
+    ]
+    with pytest.raises(InputError, match="does not fit: nothing but perplexity"):
+        compare([str(tiny_llama)], config.model_copy(update={"perplexity": ()}), against=None, device=CPU, log=QUIET)
+
+
+def test_codes_and_families_that_are_not_read_block_by_block_are_loaded_as_they_were(
+    tiny_llama: Path, save_random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(candidates, "fits", lambda *_: False)
+    assert candidates.full_precision(open_source(str(tiny_llama)), CPU, keep=False).streamed is not None
+    coded = shutil.copytree(tiny_llama, tmp_path / "coded")
+    settings = json.loads((coded / "config.json").read_text())
+    (coded / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "fp8"}}))
+    mixture = save_random_model("MixtralConfig", num_local_experts=2)
+    for folder in (coded, mixture):
+        assert candidates.full_precision(open_source(str(folder)), CPU, keep=False).streamed is None
+
+
+def test_figures_of_a_model_read_block_by_block_are_not_kept(
+    packed: Path, tiny_llama: Path, config: EvalSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(measure, "remembered", lambda protocol, *rest: kept.append(protocol) or rest[-1]())
+    for fitting, count in ((True, 1), (False, 0)):
+        monkeypatch.setattr(candidates, "fits", lambda *_, fitting=fitting: fitting)
+        reference = candidates.full_precision(open_source(str(tiny_llama)), CPU, keep=True)
+        measure.measure([reference], config, reference=None, device=CPU, log=QUIET)
+        assert len(kept) == count
+        kept.clear()
 
 
 def test_windows_may_begin_with_the_first_token(tiny_llama: Path, config: EvalSection) -> None:

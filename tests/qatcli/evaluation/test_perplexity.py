@@ -56,8 +56,8 @@ def test_perplexity_is_exp_of_the_loss_of_transformers(model: Any, windows: Tens
     with torch.no_grad():
         losses = [float(model(input_ids=w[None].long(), labels=w[None].long()).loss) for w in windows]
     counted: list[int] = []
-    logits = window_logits(model, windows, batch_size=batch_size, device=CPU, dtype=FP32)
-    found = perplexity(logits, windows, counted.append)
+    logits = window_logits(model, windows, batch_size=batch_size, device=CPU, dtype=FP32, progress=counted.append)
+    found = perplexity(logits, windows)
     assert found == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-5)
     assert sum(counted) == len(windows)
 

@@ -115,6 +115,22 @@ def test_the_head_makes_the_models_logits(name: str, save_random_model: Callable
             assert [name for name in held if not model.skeleton.get_parameter(name).is_meta] == []
 
 
+def test_an_output_layer_that_is_stored_is_not_the_embeddings(
+    save_random_model: Callable[..., Path], windows: Tensor, tmp_path: Path
+) -> None:
+    """Though config.json ties them: transformers does not then either."""
+    folder = shutil.copytree(save_random_model("LlamaConfig", tie_word_embeddings=True), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=FP32).eval()
+    model = open_blocks(open_source(str(folder)))
+    hidden = run_all_blocks(model, windows)
+    with torch.no_grad(), model.head(CPU, FP32) as head:
+        expected = whole(input_ids=windows.long()).logits
+        torch.testing.assert_close(head(hidden), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("config_class", ODD)
 def test_the_head_of_odd_families(config_class: str, windows: Tensor, tmp_path: Path) -> None:
     config = getattr(transformers, config_class)(vocab_size=61, **ODD[config_class][1])

@@ -96,7 +96,7 @@ def test_what_is_kept_of_the_teacher_is_on_the_disk(recipe: Callable[..., Recipe
 
     (phases, disk), (text_alone, less) = made(), made(text_weight=1)
     assert phases - text_alone == {"first inputs", "full precision", "its head"}
-    assert disk - less == (4096 + 16) * 64 * 8 * 6
+    assert disk - less == (4096 + 16) * 64 * (8 * 6 + 4)
 
 
 def test_the_stream_of_the_teacher_is_placed(recipe: Callable[..., Recipe]) -> None:

@@ -301,18 +301,19 @@ def test_the_output_layer_is_stored_as_it_is_computed(
 ) -> None:
     """Which changes nothing but memory: autocast makes the same of it in every pass."""
     stored = []
-    train = e2e_qp._Trainer.train
+    update = e2e_qp._Trainer._update
 
-    def seen(trainer: Any) -> Any:
+    def seen(trainer: Any, *rest: Any) -> Any:
         stored.append(trainer.student.lm_head.weight.dtype)
-        return train(trainer)
+        return update(trainer, *rest)
 
-    monkeypatch.setattr(e2e_qp._Trainer, "train", seen)
+    monkeypatch.setattr(e2e_qp._Trainer, "_update", seen)
     lean, plain = (stage(name, amp="bfloat16") for name in ("lean", "plain"))
     run(lean)
     monkeypatch.setattr(e2e_qp, "_store_as_computed", lambda *_: None)
     run(plain)
-    assert stored == [torch.bfloat16, torch.float32]
+    assert len(stored) == 8
+    assert stored == [torch.bfloat16] * 4 + [torch.float32] * 4
     expected, found = all_tensors(plain.out), all_tensors(lean.out)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -391,8 +392,11 @@ def test_a_resumed_run_keeps_the_scale_of_its_loss(stage: Callable[..., Job], mo
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_resumed_run_knows_of_its_failures(stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each halves the rates."""
+@pytest.mark.parametrize("amp", ["float32", "bfloat16"])
+def test_a_resumed_run_knows_of_its_failures(
+    stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, amp: str
+) -> None:
+    """Each halves the rates, and the first goes over to fp32."""
     loss, update = e2e_qp._Trainer._loss, e2e_qp._Trainer._update
     failing = False
 
@@ -409,7 +413,7 @@ def test_a_resumed_run_knows_of_its_failures(stage: Callable[..., Job], monkeypa
 
     monkeypatch.setattr(e2e_qp._Trainer, "_loss", failed)
     monkeypatch.setattr(e2e_qp._Trainer, "_update", second_fails)
-    whole, cut = (stage(name, checkpoint_every=1, keep_best=False) for name in ("whole", "cut"))
+    whole, cut = (stage(name, checkpoint_every=1, keep_best=False, amp=amp) for name in ("whole", "cut"))
     backoffs = run(whole)["backoffs"]
     interrupted_after(3, monkeypatch, cut)
     assert run(cut)["backoffs"] == backoffs == 1
@@ -444,8 +448,9 @@ def test_an_interruption_costs_no_more_than_some_minutes(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_model_that_is_not_finite_is_refused(stage: Callable[..., Job]) -> None:
-    job = stage(epochs=4)
+@pytest.mark.parametrize("amp", ["float32", "bfloat16"])
+def test_a_model_that_is_not_finite_is_refused(stage: Callable[..., Job], amp: str) -> None:
+    job = stage(epochs=4, amp=amp)
     tensors = all_tensors(job.input.path)
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, job.input.path / "model.safetensors", metadata={"format": "pt"})
