@@ -96,10 +96,10 @@ def keep_tokens(logits: Tensor, kept: int, generator: torch.Generator) -> Sparse
     for rows in logits.split(ROWS):  # few of them in fp32 at a time
         log_p = F.log_softmax(rows.float(), dim=-1)
         p = log_p.exp()
-        entropy = -p.mul(log_p).sum(-1)
+        entropy = -torch.linalg.vecdot(p, log_p)
         weights, tokens = p.topk(min(kept, p.shape[-1]) - drawn)
         if drawn:
-            rest = p.scatter(1, tokens, 0).clamp_min_(TINY)
+            rest = p.scatter_(1, tokens, 0).clamp_min_(TINY)
             tokens = torch.cat([tokens, rest.multinomial(drawn, replacement=True, generator=generator)], -1)
             share = (1 - weights.sum(-1, keepdim=True)).clamp_min(0) / drawn
             weights = torch.cat([weights, share.expand(-1, drawn)], -1)
