@@ -3,8 +3,8 @@
     python benchmarks/families.py TOKENIZER TEXT [--only REGEX] [--out FILE]
 
 TOKENIZER is the folder of any tokenizer, TEXT a text of some thousand tokens. Prints a Markdown table: how far the
-blocks, run one at a time, are from the whole model (largest difference of hidden states behind the last one, relative
-to the largest of them), whether the chain of `qat run` ends, and what each export says, verified in the runtimes that
+model, read block by block, is from the whole one (largest difference of logits, relative to the largest of them),
+whether the chain of `qat run` ends, and what each export says, verified in the runtimes that
 are installed. Random weights say nothing about quality: this is about names, shapes and replayed arguments.
 """
 
@@ -23,11 +23,14 @@ import typer
 import yaml
 
 import qatcli
+from qatcli.activations import StreamBudget
 from qatcli.chain import run_all, run_exports
 from qatcli.errors import QatError
 from qatcli.formats import FORMATS
-from qatcli.models.blocks import open_blocks, run_block
+from qatcli.models.blocks import open_blocks
 from qatcli.models.source import open_source
+from qatcli.progress import Bar
+from qatcli.streaming import StreamedModel
 
 CPU, TOKENS = torch.device("cpu"), 48  # more than a sliding window below
 COMMON: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
@@ -68,7 +71,7 @@ def main(
         "    python benchmarks/families.py TOKENIZER TEXT\n",
         f"qat {qatcli.__version__}, transformers {transformers.__version__}, torch {torch.__version__}; tiny random",
         "models, 3 bits in groups of 32 (awq: promoted to 4); exports verified in the runtimes that are installed.\n",
-        "| family | blocks against the model | chain | " + " | ".join(FORMATS) + " |",
+        "| family | block by block against the whole | chain | " + " | ".join(FORMATS) + " |",
         "|---" * (3 + len(FORMATS)) + "|",
     ]
     print("\n".join(lines), flush=True)
@@ -120,21 +123,15 @@ def _save(name: str, folder: Path, tokenizer: Path) -> Path:
 
 
 def _difference(path: Path) -> float:
-    """Of the hidden states behind the last block, block by block and in one pass, over the largest of them."""
+    """Of the logits, block by block and in one pass, over the largest of them."""
     source = open_source(str(path))
-    model, whole = open_blocks(source), source.load_model(torch.float32, CPU)
     windows = torch.randint(0, 1000, (2, TOKENS), dtype=torch.int32)
-    seen: list[torch.Tensor] = []
-    last = whole.get_submodule(model.block_name(len(model) - 1))
-    last.register_forward_hook(
-        lambda _module, _args, output: seen.append(output[0] if isinstance(output, tuple) else output)
-    )
+    model = StreamedModel(open_blocks(source), lambda: StreamBudget(CPU, 0, 2**30, path))
+    bar = Bar("", model.steps(windows), 0, lambda _: None)
+    found = torch.stack([each.clone() for each in model.logits(windows, torch.float32, bar)])
     with torch.no_grad():
-        whole(input_ids=windows.long(), use_cache=False)
-        hidden = torch.cat([first.clone() for first in model.first_inputs(windows, CPU, torch.float32)])
-        for index, arguments in enumerate(model.block_arguments(TOKENS, CPU, torch.float32)):
-            hidden = run_block(model.load_block(index, CPU, torch.float32), hidden, arguments)
-    return float((hidden - seen[0]).abs().max() / seen[0].abs().max())
+        expected = source.load_model(torch.float32, CPU)(input_ids=windows.long(), use_cache=False).logits
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def _recipe(model: Path, text: Path) -> dict[str, Any]:
