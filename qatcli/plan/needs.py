@@ -224,8 +224,7 @@ def e2e_qp(s: Setting) -> list[Phase]:
     # Of the scales: gradients, Adam's moments, the best state; by reach also their units, and what they were in a step.
     copies_of_scales = 6 if config.lr_units == "reach" else 4
     models = {"student": student, "scales": copies_of_scales * FP32 * groups}
-    # As they are made, and once more together.
-    taught = {"kept tokens": 2 * min(PART, config.samples) * config.seq_len * s.kept_bytes}
+    taught = {"kept tokens": min(PART, config.samples) * config.seq_len * s.kept_bytes}
     cast = dtype.itemsize * head if model.tied and dtype != torch.float32 else 0
     work = {"activations": kept, "logits and their gradient": 2 * logits, "head": cast}
     return [
