@@ -11,7 +11,6 @@ Every figure has its protocol in the result: text, context, windows, dtype, task
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +31,7 @@ from qatcli.evaluation.speed import conditions, speed, weight_bytes
 from qatcli.evaluation.zero_shot import Suite, load_suite, run_suite
 from qatcli.finite import finite
 from qatcli.linear import dense_linears
-from qatcli.memory import part_peak
+from qatcli.memory import part_peak, release_memory
 from qatcli.recipe.schema import EvalSection, PerplexityText
 from qatcli.runlog import RunLog
 from qatcli.sizes import model_size
@@ -78,7 +77,7 @@ class Subject:
     def release(self) -> None:
         """Give the model's memory back."""
         self.__dict__.pop("model", None)
-        gc.collect()
+        release_memory()
 
 
 def measure(

@@ -55,6 +55,7 @@ def window_logits(
         with torch.no_grad(), autocast(device, dtype):
             logits = model(input_ids=batch.to(device, torch.long), use_cache=False).logits
         yield from logits
+        del logits  # before the next are made
         progress(len(batch))
 
 
@@ -64,10 +65,10 @@ def perplexity(logits: Iterable[Tensor], windows: Tensor) -> float:
 
     The mean is over windows of mean NLL, as in the paper's protocol; all windows have the same length.
     """
-    total = 0.0
-    for row, window in zip(logits, windows, strict=True):  # fp32 logits of one window at a time
-        total += float(F.cross_entropy(row[:-1].float(), window[1:].to(row.device, torch.long)))
-    mean = total / len(windows)
+    rows = iter(logits)
+    # By `next`: a name, or `zip`, would hold what is used while the next window's, or batch's, are made.
+    mean = sum(_loss(next(rows), window) for window in windows) / len(windows)
+    next(rows, None)  # to the end of a generator, which closes what it opened
     return math.exp(mean) if mean < 700 else math.inf
 
 
@@ -76,12 +77,19 @@ def divergence(ours: Iterable[Tensor], reference: Iterable[Tensor], device: torc
 
     Over the tokens that both know: some tools pad the vocabulary of their checkpoints.
     """
-    losses, agreed = [], 0
-    for mine, expected in zip(ours, reference, strict=True):
-        logits = [each.to(device, torch.float32) for each in (mine, expected)]
-        known = min(each.shape[-1] for each in logits)
-        log_q, log_p = (F.log_softmax(each[..., :known], dim=-1) for each in logits)
-        losses.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).cpu())
-        agreed += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
-    kl = torch.cat(losses)
-    return Divergence(float(kl.mean()), float(kl.quantile(0.99)), agreed / len(kl), len(kl))
+    found = [_apart(mine, expected, device) for mine, expected in zip(ours, reference, strict=True)]
+    kl, agreed = (torch.cat(each) for each in zip(*found, strict=True))
+    return Divergence(float(kl.mean()), float(kl.quantile(0.99)), float(agreed.double().mean()), len(kl))
+
+
+def _loss(logits: Tensor, window: Tensor) -> float:
+    """Mean negative log-likelihood of a window int [T] by its logits [T, V]."""
+    return float(F.cross_entropy(logits[:-1].float(), window[1:].to(logits.device, torch.long)))
+
+
+def _apart(ours: Tensor, reference: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each position of logits [T, V], the divergence and whether both predict the same token."""
+    known = min(ours.shape[-1], reference.shape[-1])
+    log_q, log_p = (F.log_softmax(each[:, :known].to(device, torch.float32), dim=-1) for each in (ours, reference))
+    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return kl.cpu(), (log_q.argmax(-1) == log_p.argmax(-1)).cpu()
