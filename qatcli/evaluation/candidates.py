@@ -19,6 +19,7 @@ from qatcli.errors import InputError
 from qatcli.grid import ZeroPoints, initial_grid
 from qatcli.hf import load_packed
 from qatcli.machine import fits
+from qatcli.memory import release_memory
 from qatcli.models.blocks import open_blocks
 from qatcli.models.source import ModelSource, load_tokenizer
 from qatcli.recipe.schema import CacheSection, QuantSection
@@ -82,6 +83,7 @@ def round_to_nearest(source: ModelSource, quant: QuantSection, device: torch.dev
                 weight = model.get_submodule(name).weight
                 rounded = _rounded(weight.data.float(), chosen.bits, chosen.group_size, zero_points=quant.zero_points)
                 weight.data = rounded.to(weight.dtype)
+        release_memory()  # the search of its grids leaves the heap with holes
         return model
 
     return Candidate("round_to_nearest", load, source.tokenizer, None, "rounded weights")
