@@ -228,11 +228,13 @@ def check_group_sizes(recipe: Recipe, in_features: Mapping[str, int]) -> None:
 
 def check_patterns(recipe: Recipe, in_blocks: Collection[str], others: Collection[str]) -> None:
     """Raise RecipeError for a pattern of `quant` that no linear of the model has: it would do nothing, without a word;
-    or when all linears are skipped.
+    or when all linears are skipped, or there are none.
 
     `in_blocks` are the names of the linears that are quantized where nothing is said, `others` those outside of blocks,
     which `quant.skip` may name; its default names one that not all models have.
     """
+    if not in_blocks:
+        raise RecipeError("model.source has no nn.Linear in its blocks", hint="its family (GPT-2) is not supported")
     default = type(recipe.quant).model_fields["skip"].default
     skips = [(f"quant.skip.{i}", each) for i, each in enumerate(recipe.quant.skip) if each not in default]
     overrides = [(f"quant.overrides.{i}.pattern", each.pattern) for i, each in enumerate(recipe.quant.overrides)]

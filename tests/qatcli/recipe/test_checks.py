@@ -176,3 +176,9 @@ def test_patterns_that_match_are_patterns_of_whole_names(build: Callable[..., Re
         check_patterns(build(quant={"skip": ["*.up", "*.down"]}), names, ["head"])
     with pytest.raises(RecipeError, match=r"overrides\.0\.pattern: `head`"):
         check_patterns(build(quant={"overrides": [{"pattern": "head", "bits": 4}]}), names, ["head"])
+
+
+def test_a_model_without_linears_is_told_so(build: Callable[..., Recipe]) -> None:
+    """GPT-2 has convolutions in their place."""
+    with pytest.raises(RecipeError, match=r"no nn\.Linear in its blocks"):
+        check_patterns(build(), [], ["lm_head"])
