@@ -4,8 +4,8 @@
 
 TOKENIZER is the folder of any tokenizer, TEXT a text of some thousand tokens. Prints a Markdown table: how far the
 model, read block by block, is from the whole one (largest difference of logits, relative to the largest of them),
-whether the chain of `qat run` ends, and what each export says, verified in the runtimes that
-are installed. Random weights say nothing about quality: this is about names, shapes and replayed arguments.
+whether the chain of `qat run` ends, and what each export says, verified in the runtimes that are installed. Random
+weights say nothing about quality: this is about names, shapes and replayed arguments.
 """
 
 from __future__ import annotations

@@ -107,17 +107,16 @@ class Setting:
         return tokens * KEPT_BYTES + ENTROPY_BYTES if self.has_teacher else 0
 
     @property
-    def full_precision(self) -> int:
-        """Bytes of the whole model as it is measured: in fp32 where that is what is computed in."""
-        itemsize = FP32 if self.dtype("auto") == torch.float32 else self.model.dtype.itemsize
-        return self.model.total * itemsize
+    def measured_itemsize(self) -> int:
+        """Bytes of a parameter as it is measured: in fp32 where that is what is computed in, else as it is stored."""
+        return FP32 if self.dtype("auto") == torch.float32 else self.model.dtype.itemsize
 
     @property
     def measures_by_blocks(self) -> bool:
         """Whether eval has to read full precision block by block."""
         config = self.recipe.eval
         asked = (config.kl or "full_precision" in config.baselines) and bool(config.perplexity)
-        return asked and not fits(self.full_precision, self.device)
+        return asked and not fits(self.model.total * self.measured_itemsize, self.device)
 
     def streams(self, stage: str) -> list[Stream]:
         """The activation streams of a stage, in the order in which it makes them."""
@@ -249,9 +248,8 @@ def evaluate(s: Setting) -> list[Phase]:
     config, model = s.recipe.eval, s.model
     dtype = s.dtype("auto")
     # Where it is measured in fp32 all of it is; on a CPU packed linears are unpacked once.
-    full, by_blocks = s.full_precision, s.measures_by_blocks
-    unpacked = _quantized(model) * dtype.itemsize
-    packed = unpacked + full - full // model.total * _quantized(model) if s.on_cpu else pack_bytes(s)
+    full, by_blocks = model.total * s.measured_itemsize, s.measures_by_blocks
+    packed = full + _quantized(model) * (dtype.itemsize - s.measured_itemsize) if s.on_cpu else pack_bytes(s)
     beside = config.kl and s.on_cpu and not by_blocks
     alone = ("full_precision" in config.baselines or config.kl) and not by_blocks
     dense = full if "round_to_nearest" in config.baselines or (alone and not beside) else 0

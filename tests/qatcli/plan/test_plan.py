@@ -117,7 +117,7 @@ def test_full_precision_that_does_not_fit_is_evaluated_by_blocks(
     phases = {phase.name: phase for phase in MEMORY["eval"](s)}
     measured = phases["measuring"].compute["measured model"]
     assert set(phases) - {"measuring"} == (set() if fitting else {"first inputs", "full precision", "its head"})
-    assert (measured == s.full_precision) == fitting
+    assert (measured == s.model.total * s.measured_itemsize) == fitting
     assert [stream.bytes for stream in s.streams("eval")] == ([] if fitting else [256 * 64 * 32 * 2])
     alone = recipe(eval={**asked, "baselines": ["block_ap"], "kl": False})
     assert not setting(alone, GPU, Path("runs")).measures_by_blocks
