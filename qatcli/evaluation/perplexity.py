@@ -25,9 +25,14 @@ def divergence_windows(seq_len: int) -> int:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Next-token distributions against full precision: mean and 99th percentile of KL (nats), share of equal top-1."""
+    """Next-token distributions against full precision: mean and 99th percentile of KL (nats), share of equal top-1.
+
+    `kl_stderr` is the mean's standard error over windows, because tokens of one window are not independent; None of a
+    single window.
+    """
 
     mean_kl: float
+    kl_stderr: float | None
     kl_99: float
     top1_agreement: float
     tokens: int
@@ -78,8 +83,11 @@ def divergence(ours: Iterable[Tensor], reference: Iterable[Tensor], device: torc
     Over the tokens that both know: some tools pad the vocabulary of their checkpoints.
     """
     found = [_apart(mine, expected, device) for mine, expected in zip(ours, reference, strict=True)]
-    kl, agreed = (torch.cat(each) for each in zip(*found, strict=True))
-    return Divergence(float(kl.mean()), float(kl.quantile(0.99)), float(agreed.double().mean()), len(kl))
+    kl, agreed = (torch.stack(each) for each in zip(*found, strict=True))  # [W, T]
+    means = kl.mean(-1)
+    stderr = float(means.std() / len(means) ** 0.5) if len(means) > 1 else None
+    quantile = float(kl.flatten().quantile(0.99))
+    return Divergence(float(means.mean()), stderr, quantile, float(agreed.double().mean()), kl.numel())
 
 
 def _loss(logits: Tensor, window: Tensor) -> float:

@@ -12,8 +12,6 @@ from rich.text import Text
 
 from qatcli.expectations import is_accuracy
 
-_DIVERGENCE = (("mean_kl", ".4f"), ("kl_99", ".3f"), ("top1_agreement", ".1%"))
-
 
 def tables(metrics: dict[str, Any]) -> Iterator[RenderableType]:
     """What `measure` returned: texts, tasks, speed and size, and the prompts continued."""
@@ -50,7 +48,8 @@ def _texts(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
         for text in protocol:
             apart = found["divergence"].get(text, {})
             row.append(_number(found["perplexity"][text], ",.2f"))
-            row += [_number(apart.get(key), form) for key, form in _DIVERGENCE]
+            row.append(_number(apart.get("mean_kl"), ".4f") + _error(apart.get("kl_stderr"), ".4f"))
+            row += [_number(apart.get("kl_99"), ".3f"), _number(apart.get("top1_agreement"), ".1%")]
         table.add_row(*row)
     lines = [
         f"{name}: {Path(p['file'] or p['source']).name}, {p['read']}, {_windows(p['windows'], labels)} of "
@@ -61,8 +60,8 @@ def _texts(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
     tokens = {part["tokens"] for found in metrics["models"].values() for part in found["divergence"].values()}
     if tokens:
         lines.append(
-            f"KL: nats per token from full precision, mean and 99th percentile over the first {max(tokens):,} tokens; "
-            "top-1: how often both predict the same token"
+            "KL: nats per token from full precision, mean with its standard error over windows, and 99th percentile "
+            f"over the first {max(tokens):,} tokens; top-1: how often both predict the same token"
         )
     return Group(table, Text("\n".join(lines)))
 
@@ -99,8 +98,8 @@ def _score(figure: dict[str, Any] | None, *, accuracy: bool) -> str:
     if figure is None or figure["value"] is None:
         return ""
     scale, form = (100, ".1f") if accuracy else (1, ",.2f")
-    error = "" if figure["stderr"] is None else f" +-{scale * figure['stderr']:{form}}"
-    return f"{scale * figure['value']:{form}}{error}"
+    error = None if figure["stderr"] is None else scale * figure["stderr"]
+    return f"{scale * figure['value']:{form}}{_error(error, form)}"
 
 
 def _sizes(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
@@ -153,6 +152,10 @@ def _table(title: str) -> Table:
 
 def _mib(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:,.1f}"
+
+
+def _error(value: float | None, form: str) -> str:
+    return "" if value is None else f" +-{value:{form}}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -62,7 +62,7 @@ def test_every_figure_is_there(packed: Path, tiny_llama: Path, config: EvalSecti
     full, quantized = found["models"].values()
     assert 1 < full["perplexity"]["tiny"] < quantized["perplexity"]["tiny"]
     assert full["divergence"] == {}
-    assert set(quantized["divergence"]["tiny"]) == {"mean_kl", "kl_99", "top1_agreement", "tokens"}
+    assert set(quantized["divergence"]["tiny"]) == {"mean_kl", "kl_stderr", "kl_99", "top1_agreement", "tokens"}
     assert 0 < quantized["divergence"]["tiny"]["mean_kl"] < quantized["divergence"]["tiny"]["kl_99"]
     assert found["protocol"]["tiny"]["windows"] == 4
     assert found["protocol"]["tiny"]["context"] == 32
@@ -77,7 +77,9 @@ def test_every_figure_is_there(packed: Path, tiny_llama: Path, config: EvalSecti
     for table in tables(found):
         console.print(table)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
+    apart = quantized["divergence"]["tiny"]
     for said in (
+        f" {apart['mean_kl']:.4f} +-{apart['kl_stderr']:.4f} ",
         "tiny.jsonl, the whole file, 4 windows of 32 tokens, the first windows, none overlap",
         "KL 99 %",
         "packed codes",

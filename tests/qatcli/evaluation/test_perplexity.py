@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import stdev
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,6 +76,10 @@ def _divergence(model: Any, reference: Any, windows: Tensor) -> Divergence:
     return divergence(ours, expected, CPU)
 
 
+def test_one_window_has_no_standard_error(model: Any, other: Any, windows: Tensor) -> None:
+    assert _divergence(other, model, windows[:1]).kl_stderr is None
+
+
 def test_a_model_does_not_diverge_from_itself(model: Any, windows: Tensor) -> None:
     found = _divergence(model, model, windows)
     assert found.mean_kl == pytest.approx(0, abs=1e-6)
@@ -86,9 +91,10 @@ def test_a_model_does_not_diverge_from_itself(model: Any, windows: Tensor) -> No
 def test_divergence_is_from_full_precision_to_the_model(model: Any, other: Any, windows: Tensor) -> None:
     with torch.no_grad():
         ours, reference = (m(input_ids=windows.long()).logits.double() for m in (other, model))
-    kl = kl_divergence(Categorical(logits=reference), Categorical(logits=ours)).flatten().numpy()
+    kl = kl_divergence(Categorical(logits=reference), Categorical(logits=ours)).numpy()
     found = _divergence(other, model, windows)
     assert found.mean_kl == pytest.approx(kl.mean(), rel=1e-3)
+    assert found.kl_stderr == pytest.approx(stdev(kl.mean(-1).tolist()) / len(kl) ** 0.5, rel=1e-3)
     assert found.kl_99 == pytest.approx(np.quantile(kl, 0.99), rel=1e-3)
     agreement = float((ours.argmax(-1) == reference.argmax(-1)).double().mean())
     assert found.top1_agreement == pytest.approx(agreement)

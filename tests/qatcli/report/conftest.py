@@ -44,7 +44,7 @@ METRICS: dict[str, Any] = {
         },
         "quantized": {
             "perplexity": {"wiki": 20.25},
-            "divergence": {"wiki": {"mean_kl": 0.31, "kl_99": 2.0, "top1_agreement": 0.71}},
+            "divergence": {"wiki": {"mean_kl": 0.31, "kl_stderr": 0.0125, "kl_99": 2.0, "top1_agreement": 0.71}},
             "zero_shot": {
                 "tasks": {"piqa": {"metric": "acc", "value": 0.62, "stderr": 0.011}},
                 "average": {"value": 0.62, "stderr": 0.011},

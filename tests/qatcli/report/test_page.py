@@ -63,6 +63,7 @@ def test_the_results(make_run: Run) -> None:
     words = page(make_run()).words
     for said in ("model/w2g64", "2 bits, groups of 64", "20.25", "912,346", "0.3100", "71.0 %", "62.0 %", "2 MiB"):
         assert said in words, said
+    assert "0.3100 \N{PLUS-MINUS SIGN} 0.01250" in words
     for said in ("1 of 1 expected figures reached", "at most 20.5", "The capital of France is", "London.", "piqa"):
         assert said in words, said
     assert "wiki: source wiki.test.raw, context 64, windows 8" in words
