@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qatcli.casting import dtype_name
 from qatcli.errors import InputError
 from qatcli.events import read_log
 from qatcli.memory import release_memory
@@ -138,7 +139,7 @@ def finish(directory: Path, model: BlockModel, quant: QuantSection) -> None:
     index_shards(directory, sorted(directory.glob("model-*.safetensors")))
     config = read_config(model.source.path)
     if not any(config.get(key) for key in DTYPE_KEYS):  # what is not trained keeps its dtype, and pack goes by it
-        config[DTYPE_KEYS[0]] = str(max(outside.values(), key=Tensor.numel).dtype).removeprefix("torch.")
+        config[DTYPE_KEYS[0]] = dtype_name(max(outside.values(), key=Tensor.numel).dtype)
     config["quantization_config"] = quantization_config(
         modules,
         bits=quant.bits,

@@ -1,4 +1,7 @@
-"""Checks of casts to half precision, part by part: for an embedding of a gigabyte they take next to no memory."""
+"""Names of dtypes, and checks of casts to half precision.
+
+The checks go part by part: for an embedding of a gigabyte they take next to no memory.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,11 @@ import torch
 from torch import Tensor
 
 PART = 2**22  # elements looked at together
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configs, recipes and people write it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -135,9 +135,10 @@ def _version(name: str) -> str | None:
 def _devices() -> Iterator[Finding]:
     import torch
 
+    from qatcli.casting import dtype_name
     from qatcli.training import compute_dtype
 
-    cpu = str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    cpu = dtype_name(compute_dtype("auto", torch.device("cpu")))
     text = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use, computes in {cpu}"
     yield Finding("devices", "cpu", "ok", text)
     driver = Path("/proc/driver/nvidia/version")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from qat_kernels import dequantize, pack, unpack
+from qatcli.casting import dtype_name
 from qatcli.errors import InputError
 from qatcli.inputs import file_inside, read_json
 from qatcli.shards import ShardWriter, load_tensors, read_header, shard_map
@@ -138,7 +139,7 @@ def quantization_config(
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,
-        "scale_dtype": str(scale_dtype).removeprefix("torch."),
+        "scale_dtype": dtype_name(scale_dtype),
         "modules": {name: asdict(modules[name]) for name in sorted(modules)},
     }
 

@@ -15,6 +15,7 @@ import torch
 from qat_kernels import fake_quant
 from qatcli.activations import StreamBudget, stream_budget
 from qatcli.blockfiles import block_quants
+from qatcli.casting import dtype_name
 from qatcli.errors import InputError
 from qatcli.grid import ZeroPoints, initial_grid
 from qatcli.hf import load_packed
@@ -63,7 +64,7 @@ def full_precision(
         with suppress(InputError):  # a family that is not read so is loaded as a whole, if it can be
             budget = budget or partial(stream_budget, device, CacheSection(), Path(tempfile.gettempdir()))
             streamed = partial(StreamedModel, open_blocks(source), budget)
-            loaded_as = f"block by block, in {str(dtype).removeprefix('torch.')}"
+            loaded_as = f"block by block, in {dtype_name(dtype)}"
     return Candidate(name, load, source.tokenizer, source.path, loaded_as, source.gguf, keep, streamed)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qatcli.casting import dtype_name
 from qatcli.data import begin_windows, c4_windows, evaluation_windows, text_tokens
 from qatcli.errors import InputError
 from qatcli.evaluation.cache import remembered
@@ -103,7 +104,7 @@ def measure(
     result: dict[str, Any] = {
         "models": {},
         "protocol": {text.name: _protocol(text, subjects, dtype) for text in config.perplexity},
-        "zero_shot_protocol": suite.protocol | {"compute": _name(dtype)} if suite else None,
+        "zero_shot_protocol": suite.protocol | {"compute": dtype_name(dtype)} if suite else None,
         "speed_protocol": conditions(device, **settings) if settings else None,
         "prompts": list(config.prompts),
     }
@@ -209,7 +210,7 @@ def _speed(subject: Subject, config: EvalSection, device: torch.device, log: Run
         model = subject.model
         _check_context(subject, config, log)
         found = speed(model, device=device, progress=bar.advance, **settings)
-    return found | {"dtype": _name(model.dtype), "weight_bytes": weight_bytes(model), "peak": peak}
+    return found | {"dtype": dtype_name(model.dtype), "weight_bytes": weight_bytes(model), "peak": peak}
 
 
 def _quality(
@@ -229,7 +230,7 @@ def _quality(
         # Block by block numbers round otherwise, and depend on more code than a kept one is checked against.
         if not (config.cache and subject.candidate.keep and path is not None) or subject.streamed:
             return get()
-        return remembered({**protocol, "compute": _name(dtype)}, path, device, get)
+        return remembered({**protocol, "compute": dtype_name(dtype)}, path, device, get)
 
     found: dict[str, Any] = {"perplexity": {}, "divergence": {}, "zero_shot": None}
     for name, windows in subject.windows.items():
@@ -343,7 +344,7 @@ def _protocol(text: PerplexityText, subjects: Sequence[Subject], dtype: torch.dt
         "windows": next(iter(windows.values())) if alike else windows,
         "cut": "random places of random documents, seed 0" if text.source == "c4" else f"{first}, none overlap",
         "bos": text.bos,
-        "compute": _name(dtype),
+        "compute": dtype_name(dtype),
     }
 
 
@@ -367,7 +368,3 @@ def _continue(subject: Subject, prompt: str, config: EvalSection, device: torch.
         for tokens in (inputs["input_ids"][0], output[0])
     )
     return after.removeprefix(before)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qatcli.casting import dtype_name
 from qatcli.formats import source
 from qatcli.formats.atomic import atomic_directory
 from qatcli.formats.card import model_card
@@ -74,7 +75,7 @@ def model_config(checkpoint: PackedCheckpoint, dtype: torch.dtype) -> dict[str, 
     full, keys = source.full_config(config), earlier_keys(config)
     if _rope(source.full_config({**config, **keys})) != _rope(full):  # which reads the keys before the new ones
         keys = {}
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     return {"tie_word_embeddings": full.tie_word_embeddings, **config, **keys, "dtype": name, "torch_dtype": name}
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qatcli.activations import AHEAD, SWEEP_BATCH, Place, StreamBudget
+from qatcli.casting import dtype_name
 from qatcli.data.corpus import BYTE_LIMIT
 from qatcli.data.sources import local_paths
 from qatcli.evaluation.measure import BATCH_TOKENS
@@ -236,7 +237,7 @@ def e2e_qp(s: Setting) -> list[Phase]:
 
 def pack(s: Setting) -> list[Phase]:
     """Collect a shard and write it. A tensor that keeps its type is in the shard as the pages it was read from."""
-    given, stored = s.recipe.pack.dtype, str(s.model.dtype).removeprefix("torch.")
+    given, stored = s.recipe.pack.dtype, dtype_name(s.model.dtype)
     host = {"shard": min(SHARD, pack_bytes(s))}
     if stored == "float32" if given == "auto" else given != stored:
         host["reading"] = s.model.dtype.itemsize * s.model.outside

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from qatcli import machine
+from qatcli.casting import dtype_name
 from qatcli.directory import CHAIN
 from qatcli.errors import QatError
 from qatcli.formats import FORMATS, ExportOptions, deployment
@@ -54,7 +55,7 @@ def make_plan(recipe: Recipe, device: torch.device, run_dir: Path) -> dict[str, 
     quantized = sum(q.weights for q in s.model.linears.values())
     return {
         "device": str(device),
-        "compute": str(s.dtype("auto")).removeprefix("torch."),
+        "compute": dtype_name(s.dtype("auto")),
         "model": {
             "parameters": s.model.total,
             "quantized_weights": quantized,

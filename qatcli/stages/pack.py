@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qatcli.casting import all_finite
+from qatcli.casting import all_finite, dtype_name
 from qatcli.errors import VerificationError
 from qatcli.packed import DTYPE_KEYS, PACKED, SCALE, ZERO_POINT, PackedCheckpoint, copy_companions, write_config
 from qatcli.shards import ShardWriter
@@ -63,6 +63,6 @@ def _dense_dtype(choice: str, config: dict[str, Any]) -> torch.dtype:
 def _check_fit(name: str, tensor: torch.Tensor, *, lost: bool = False) -> None:
     if lost or not all_finite(tensor):
         raise VerificationError(
-            f"{name} does not fit {str(tensor.dtype).removeprefix('torch.')}",
+            f"{name} does not fit {dtype_name(tensor.dtype)}",
             hint="set pack.scale_dtype or pack.dtype to float32",
         )

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from qatcli import casting
-from qatcli.casting import all_finite, equally_finite
+from qatcli.casting import all_finite, dtype_name, equally_finite
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "int32"])
+def test_a_dtype_goes_by_the_name_that_torch_has_for_it(name: str) -> None:
+    assert dtype_name(getattr(torch, name)) == name
 
 
 @pytest.mark.parametrize("place", [0, 7, 8, 23])
