@@ -2,9 +2,9 @@
 
     import_checkpoint(Path("Llama-2-7b-EfficientQAT-w2g64"), Path("packed"))
 
-Read are EfficientQAT's native checkpoints (3 bits at 10 codes per word), GPTQ versions 1 and 2, AWQ (gemm), BitBLAS,
-compressed-tensors (pack-quantized) and MLX (affine, with offsets of whole steps, as ours). Codes, zero points and
-scales are taken as they are: nothing is quantized again.
+Read are EfficientQAT's native checkpoints (3 bits at 10 codes per word), GPTQ versions 1 and 2, AWQ (gemm), AutoRound's
+own, which are one of these, BitBLAS, compressed-tensors (pack-quantized) and MLX (affine, with offsets of whole steps,
+as ours). Codes, zero points and scales are taken as they are: nothing is quantized again.
 Left out: activation order (`desc_act` with columns out of order), which our layout cannot say, and pickled files.
 """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from qatcli.errors import InputError
 from qatcli.formats import readback
 
-KINDS = "GPTQ, AWQ, BitBLAS, compressed-tensors, MLX and EfficientQAT checkpoints"
+KINDS = "GPTQ, AWQ, AutoRound, BitBLAS, compressed-tensors, MLX and EfficientQAT checkpoints"
 REORDERED = "its columns were reordered by activation (desc_act), which the packed form cannot say"
 IN_ORDER = "take a checkpoint that was made without desc_act (activation order)"
 CODES = (".qweight", ".weight_packed", ".biases")  # the tensor by which a quantized linear is known, the last MLX's
@@ -22,6 +22,13 @@ VALUES = ("qweight", "qzeros", "zeros", "scales", "weight_packed", "weight_scale
 OF_MLX = ("weight", "scales", "biases")
 ORDERS = ("g_idx", "weight_g_idx")
 PARTS = (*VALUES, *ORDERS, *OF_MLX, "weight_shape")
+# AutoRound's `packing_format` (0.16) and the settings under which others store the same tensors.
+AUTO_ROUND = {
+    "auto_round": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"},
+    "auto_round:gptqmodel": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"},
+    "auto_round:auto_gptq": {"quant_method": "gptq", "checkpoint_format": "gptq"},
+    "auto_round:auto_awq": {"quant_method": "awq"},
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,14 @@ def storage_of(path: Path, settings: Mapping[str, Any]) -> Storage:
     method = settings.get("quant_method", "gptq" if settings else None)
     if method is None:
         return Storage("EfficientQAT")
+    if method == "auto-round":
+        packing, kind, activations = (settings.get(key) for key in ("packing_format", "data_type", "act_bits"))
+        if packing not in AUTO_ROUND or (kind or "int") != "int" or (activations or 16) < 16:
+            raise InputError(
+                f"{path} stores AutoRound {packing} of {kind or 'int'} weights, {activations or 16}-bit activations",
+                hint=f"only int weights packed as {', '.join(AUTO_ROUND)} are imported, of 16-bit activations",
+            )
+        return storage_of(path, {"bits": settings.get("bits"), **AUTO_ROUND[packing]})
     if method == "gptq":
         layout = settings.get("checkpoint_format", settings.get("format", "gptq"))
         if layout == "bitblas":

@@ -153,9 +153,9 @@ def test_a_checkpoint_that_is_not_imported_is_refused_before_it_is_loaded(packed
         open_candidate(str(tmp_path / "gptq"), CPU)
     assert "without desc_act" in (caught.value.hint or "")
     config = json.loads((tmp_path / "gptq" / "config.json").read_text())
-    config["quantization_config"]["quant_method"] = "auto-round"
+    config["quantization_config"]["quant_method"] = "bitsandbytes"
     (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="quant_method auto-round"):
+    with pytest.raises(InputError, match="quant_method bitsandbytes"):
         open_candidate(str(tmp_path / "gptq"), CPU)
 
 

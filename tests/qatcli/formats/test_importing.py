@@ -19,6 +19,7 @@ from qatcli.packed import PackedCheckpoint
 
 Packed = Callable[..., PackedCheckpoint]
 OPTIONS = ExportOptions(runtimes=False)
+AUTO_ROUND: dict[str, object] = {"quant_method": "auto-round", "data_type": "int"}
 
 
 def _same(found: PackedCheckpoint, expected: PackedCheckpoint) -> None:
@@ -71,7 +72,7 @@ def _rewrite(
     config = json.loads((export / "config.json").read_text())
     config.pop("quantization_config")
     (export / "config.json").write_text(json.dumps(config))
-    (export / "quantize_config.json").unlink()
+    (export / "quantize_config.json").unlink(missing_ok=True)  # AWQ has none
     if settings is not None:
         (export / "quantize_config.json").write_text(json.dumps(settings))
 
@@ -117,9 +118,10 @@ def _with_any_zero_points(checkpoint: PackedCheckpoint, out: Path) -> PackedChec
     return PackedCheckpoint.open(out)
 
 
+@pytest.mark.parametrize("named", [{"quant_method": "gptq"}, AUTO_ROUND | {"packing_format": "auto_round:auto_gptq"}])
 @pytest.mark.parametrize(("bits", "ones"), [(2, 0x55555555), (4, 0x11111111), (8, 0x01010101)])
-def test_gptq_version_1_as_autogptq_and_gptqmodel_write_it(
-    packed: Packed, tmp_path: Path, bits: int, ones: int
+def test_gptq_version_1_as_autogptq_gptqmodel_and_autoround_write_it(
+    packed: Packed, tmp_path: Path, bits: int, ones: int, named: dict[str, object]
 ) -> None:
     """They subtract one from every field of whole words, so a zero point of 0 borrows from its neighbour."""
     checkpoint = _with_any_zero_points(packed(bits), tmp_path / "any")
@@ -133,8 +135,23 @@ def test_gptq_version_1_as_autogptq_and_gptqmodel_write_it(
             tensors[name + ".qzeros"] = torch.from_numpy((words - np.uint32(ones)).view(np.int32))
             borrowed += int((source.arrays(checkpoint, name).zero_point == 0).sum())
 
-    _rewrite(tmp_path / "export", minus_one, {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": False})
+    _rewrite(tmp_path / "export", minus_one, named | {"bits": bits, "group_size": 32, "sym": False})
     assert borrowed > 0
+    import_checkpoint(tmp_path / "export", tmp_path / "packed")
+    _same(PackedCheckpoint.open(tmp_path / "packed"), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("packing", "name", "bits"),
+    [("auto_round", "gptq", 3), ("auto_round:gptqmodel", "gptq", 2), ("auto_round:auto_awq", "awq", 4)],
+)
+def test_autoround_names_the_layout_that_it_stores(
+    packed: Packed, tmp_path: Path, packing: str, name: str, bits: int
+) -> None:
+    checkpoint = packed(bits)
+    FORMATS[name].write(checkpoint, tmp_path / "export", OPTIONS)
+    settings = AUTO_ROUND | {"packing_format": packing, "bits": bits, "group_size": 32, "sym": False}
+    _rewrite(tmp_path / "export", lambda tensors: None, settings)
     import_checkpoint(tmp_path / "export", tmp_path / "packed")
     _same(PackedCheckpoint.open(tmp_path / "packed"), checkpoint)
 
@@ -202,6 +219,10 @@ def test_columns_out_of_order_are_refused(packed: Packed, tmp_path: Path) -> Non
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "stores GPTQ as marlin"),
         ({"quant_method": "awq", "version": "gemv", "bits": 4}, "stores AWQ gemv"),
         ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "stores compressed-tensors as float"),
+        (AUTO_ROUND | {"packing_format": "auto_round:fp8"}, "stores AutoRound auto_round:fp8"),
+        (AUTO_ROUND | {"packing_format": "auto_round", "data_type": "mx_fp"}, "auto_round of mx_fp weights"),
+        (AUTO_ROUND | {"packing_format": "auto_round", "act_bits": 8}, "8-bit activations"),
+        (AUTO_ROUND | {"packing_format": "auto_round:auto_awq", "bits": 2}, "stores AWQ gemm at 2 bits"),
     ],
 )
 def test_unknown_kinds_are_refused(packed: Packed, tmp_path: Path, settings: dict[str, object], message: str) -> None:
