@@ -62,9 +62,9 @@ def main(
     names = ["full precision", "qat: Block-AP", "qat: Block-AP + E2E-QP", *(_title(name) for name in peer)]
     print(
         f"{source.path.name}, {settings.quant.bits} bits, groups of {settings.quant.group_size},"
-        f" {settings.calibrate.samples} windows of {settings.calibrate.seq_len} tokens; {text.name}, {text.windows or 'all'}"
-        f" windows of {text.seq_len}; qat {qatcli.__version__}, torch {torch.__version__},"
-        f" {torch.get_num_threads()} threads\n"
+        f" {settings.calibrate.samples} windows of {settings.calibrate.seq_len} tokens; {text.name},"
+        f" {text.windows or 'all'} windows of {text.seq_len}; qat {qatcli.__version__},"
+        f" torch {torch.__version__}, {torch.get_num_threads()} threads\n"
     )
     print("| | perplexity | KL | top-1 | bits per weight | minutes | peak GiB |\n|---|---|---|---|---|---|---|")
     for name, row, cost in zip(names, rows, made, strict=True):
