@@ -112,7 +112,7 @@ def _cost(name: str, recipe: Recipe, run: Path, out: Path) -> dict[str, float]:
     if not kept.is_file():
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            cost = pool.submit(_make, name, recipe, run, out / name).result()
+            cost = pool.submit(_make, name, recipe, run, (out / name).absolute()).result()
         kept.write_text(json.dumps(cost), encoding="utf-8")
     return json.loads(kept.read_text(encoding="utf-8"))
 
@@ -154,6 +154,8 @@ def _gptqmodel(model: Path, windows: torch.Tensor, bits: int, group_size: int, o
     os.cpu_count = lambda: 4  # where it is two or less, 7.6 asks a pool of one worker for two
     from gptqmodel import GPTQModel, QuantizeConfig
 
+    out.mkdir(exist_ok=True)
+    os.chdir(out)  # where it leaves its logs
     peer = GPTQModel.load(str(model), QuantizeConfig(bits=bits, group_size=group_size), device="cpu")
     peer.quantize(
         [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in windows], batch_size=1

@@ -2,8 +2,8 @@
 
 Reach. Adam moves a parameter by about its learning rate per step, so the sum of the learning rates over a run bounds
 how far it can travel. Quantization only cares how far that is in step sizes: a weight must travel about half a step to
-change its code. The published absolute rates give a Llama-2-7B weight a reach of about 1.5 steps at 2 bits and 4096
-updates, and a SmolLM2 weight one of 0.01 steps at 128 updates, which is why the recipe collapses there. With
+change its code. The published absolute rates give a Llama-2-7B weight a reach of about 1.7 steps at 2 bits and 4096
+updates, and a SmolLM2 weight one of 0.013 steps at 128 updates, which is why the recipe collapses there. With
 `lr_units: reach` the rates are stated as that total distance: in step sizes for weights, in step sizes by which the
 outermost level of the grid moves for scales, as a fraction for norms, in integer steps for zero points. They hold for
 any number of updates, magnitude of weights and bits: the same relative change of a scale does twice the harm with

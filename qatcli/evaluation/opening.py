@@ -3,7 +3,7 @@
 stage directory          calibration, quantized and packed ones, and every export
 packed by qat (native)   runs on its packed codes
 GPTQ, AWQ, AutoRound, BitBLAS, compressed-tensors, MLX, EfficientQAT
-                         imported bit for bit into packed codes, because their runtimes need a GPU
+                         imported bit for bit into packed codes: one code measures all, on any device
 GGUF file                dequantized to fp32
 anything else of Hugging Face, or a hub id
                          as transformers loads it

@@ -115,5 +115,5 @@ def require_passed(verification: Verification) -> None:
     more = len(verification.differences) - 3
     raise VerificationError(
         f"the {verification.format} export differs from its source: {shown}{f' and {more} more' if more > 0 else ''}",
-        hint="do not use this export: write it again; if it fails again, report it with verify.json",
+        hint="do not use this export: write it again; if it fails again, report it with the export's log.jsonl",
     )
