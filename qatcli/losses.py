@@ -79,7 +79,8 @@ def downstream_error(output: Tensor, target: Tensor, readers: Tensor) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Minus the sum over the rows `counted` of weights [N, k] times log softmax(student [N, V]) at tokens [N, k].
+    """Minus the sum over the rows `counted` of weights [N, k] times log softmax(student [N, V]) at tokens [N, k], of
+    which the last may repeat one before it, and others only such of the same weight.
 
     The weights of a row add up to one: its gradient is softmax(student) less the weights at their tokens.
     """
@@ -93,7 +94,10 @@ class _CrossEntropy(torch.autograd.Function):
             at, weight = tokens.index_select(0, rows), weights.index_select(0, rows)
             total -= torch.sum(ours.gather(1, at).mul_(weight))
             if gradient is not None:
-                gradient.index_copy_(0, rows, ours.exp_().scatter_add_(1, at, -weight).to(gradient.dtype))
+                ours.exp_()
+                for part in (slice(-1), slice(-1, None)):  # the text's token may be among the others: one after them,
+                    ours.scatter_add_(1, at[:, part], -weight[:, part])  # because a GPU adds in any order
+                gradient.index_copy_(0, rows, ours.to(gradient.dtype))
         ctx.save_for_backward(gradient)
         return total
 

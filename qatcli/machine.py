@@ -100,5 +100,6 @@ def _left_in(group: Path, limit: str, usage: str) -> int | None:
         return None
     if most == "max" or int(most) >= 2**60:  # how v1 says that there is no limit
         return None
-    cache = sum(int(statistics.get(key, 0)) for key in ("active_file", "inactive_file"))
+    # v1 counts a group's own pages under these names, and with those of the groups in it, as usage does, under total_
+    cache = sum(int(statistics.get(f"total_{key}", statistics.get(key, 0))) for key in ("active_file", "inactive_file"))
     return max(0, int(most) - used + cache)

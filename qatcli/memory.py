@@ -43,14 +43,18 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 @contextmanager
 def part_peak(device: torch.device) -> Iterator[dict[str, int]]:
-    """The dict it gives holds, at the end, how far the part rose above what was in use at its beginning."""
+    """The dict it gives holds, at the end, how far the part rose above what was in use at its beginning.
+
+    Without the host's bytes where the system does not restart their peak: an earlier part may have been higher.
+    """
     _highest.update(peak_memory(device))
     release_memory()  # else what an earlier part freed is taken again, and nothing rises
-    _restart(device)
+    host_too = _restart(device)
     before = _in_use(device)
     rise: dict[str, int] = {}
     yield rise
-    rise.update({name: max(0, count - before[name]) for name, count in _peak(device).items()})
+    peak = _peak(device).items()
+    rise.update({name: max(0, count - before[name]) for name, count in peak if host_too or name != "host_bytes"})
 
 
 def _peak(device: torch.device) -> dict[str, int]:
@@ -73,10 +77,14 @@ def _in_use(device: torch.device) -> dict[str, int]:
     return used
 
 
-def _restart(device: torch.device) -> None:
+def _restart(device: torch.device) -> bool:
+    """Whether the host's peak began anew, too."""
     import torch
 
-    with contextlib.suppress(OSError):
-        PROC_CLEAR.write_text("5")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    try:
+        PROC_CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True

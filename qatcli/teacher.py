@@ -32,11 +32,13 @@ KEPT_BYTES, ENTROPY_BYTES = 6, 4  # of a kept token, its number and its weight; 
 class Teacher:
     """`kept` tokens of every position's distribution in `windows` {split: int [S, T]}, in files in `directory`.
 
-    A file holds PART windows, and is what an interrupted `make` continues from.
+    A file holds PART windows, and is what an interrupted `make` continues from. Distributions are over the first
+    `vocabulary` tokens, which the student knows: some tools pad the vocabulary of their checkpoints.
     """
 
     directory: Path
     windows: Mapping[str, Tensor]
+    vocabulary: int
     kept: int
     seed: int
     device: torch.device
@@ -79,7 +81,8 @@ class Teacher:
         between large ones that come and go kept C's allocator from giving 3.6 GiB back once."""
         held: dict[str, Tensor] = {}
         for row, each in enumerate(logits):
-            for name, kept in vars(keep_tokens(each, self.kept, generator)).items():
+            known = each[:, : self.vocabulary]
+            for name, kept in vars(keep_tokens(known, self.kept, generator)).items():
                 if name not in held:
                     held[name] = kept.new_empty(len(windows), *kept.shape)
                 held[name][row] = kept
@@ -97,7 +100,7 @@ def keep_tokens(logits: Tensor, kept: int, generator: torch.Generator) -> Sparse
     if not all_finite(logits):
         raise DivergedError(
             "the logits of the full-precision model are not finite",
-            hint="set e2e_qp.amp to bfloat16 or float32, or check the model's files",
+            hint="--restart with e2e_qp.amp bfloat16 or float32, or check the model's files",
         )
     drawn = kept // 2 if kept < logits.shape[-1] else 0
     found = []

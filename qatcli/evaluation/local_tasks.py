@@ -82,4 +82,6 @@ def _splits(path: Path, task: LocalTask, **_: Any) -> dict[str, Any]:
         if missing:
             raise InputError(f"{where}: has no `{missing[0]}`", hint=f"a row needs {', '.join(task.keys)}")
         rows.append({key: row[key] for key in task.keys})
+    if not rows:
+        raise InputError(f"{path} has no rows")
     return {task.split: Dataset.from_list(rows)}

@@ -119,6 +119,7 @@ def measure(
         _check_tokenizers(subjects, base)
         subjects.sort(key=lambda subject: subject is not base)
         if subjects[0] is not base:
+            _check_context(base, config, log)
             expected = expected_logits(base, device, dtype, log)
     for subject in subjects:
         started = time.monotonic()

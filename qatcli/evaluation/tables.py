@@ -121,7 +121,7 @@ def _speeds(metrics: dict[str, Any], labels: dict[str, str]) -> Group:
         table.add_column(heading, justify="right")
     speeds = {name: found["speed"] for name, found in metrics["models"].items() if found["speed"]}
     for name, speed in speeds.items():
-        peak = speed["peak"].get("device_bytes", speed["peak"]["host_bytes"])
+        peak = speed["peak"].get("device_bytes", speed["peak"].get("host_bytes"))
         rates = [f"{speed[kind]:,.1f}" for kind in ("prefill", "decode")]
         table.add_row(labels[name], *rates, _mib(speed["weight_bytes"]), _mib(peak))
     threads = conditions["threads"]

@@ -69,7 +69,6 @@ def load_suite(names: Sequence[str], *, data: Path | None, limit: int | None) ->
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)
     loaded["groups"] = {name: group for name, group in loaded["groups"].items() if name != "local"}
     rows = {name: file_digest(name, data) for name in local if data is not None}
     protocol = {
@@ -102,6 +101,8 @@ def run_suite(
 
     from qatcli.evaluation.harness import RowModel
 
+    for task in suite.loaded["tasks"].values():
+        task.set_fewshot_seed(seed=1234)  # each task draws its examples on and on: every model gets the same
     lm = RowModel(model, tokenizer, batch_tokens=batch_tokens, dtype=dtype, log=log, title=title)
     found = evaluate(lm, suite.loaded, limit=suite.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
     shots, rows = found["n-shot"], found["n-samples"]

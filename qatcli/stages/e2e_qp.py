@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from qatcli.activations import stream_budget
 from qatcli.attention import use_tiled_attention
@@ -50,8 +51,9 @@ def run(job: Job) -> dict[str, Any]:
     checkpoint = PackedCheckpoint.open(job.input.path)
     train, held_out = _windows(job)
     dtype = compute_dtype(config.amp, job.device)
-    teacher = _teacher(job, {"train": train.tokens, "validation": held_out.tokens}, dtype)
     trust = recipe.model.trust_remote_code
+    known = AutoConfig.from_pretrained(job.input.path, trust_remote_code=trust).get_text_config().vocab_size
+    teacher = _teacher(job, {"train": train.tokens, "validation": held_out.tokens}, known, dtype)
     student = load_packed(job.input.path, dtype=torch.float32, device=job.device, trust_remote_code=trust)
     student.config.use_cache = False
     _store_as_computed(student, dtype)
@@ -144,7 +146,7 @@ class _Trainer:
         if stepper.exhausted and not math.isfinite(before):
             raise DivergedError(
                 "e2e-qp: the loss of the model it starts from is not finite",
-                hint="inspect the input with `qat eval`, or set e2e_qp.amp=float32 if it overflows",
+                hint="inspect the input with `qat eval`, or --restart with e2e_qp.amp=float32 if it overflows",
             )
         return {
             "steps": made,
@@ -256,7 +258,7 @@ class _Trainer:
         return [(names[id(p)], p, best) for p, best in zip(stepper.parameters, stepper.best, strict=True)]
 
 
-def _teacher(job: Job, windows: dict[str, Tensor], dtype: torch.dtype) -> Teacher | None:
+def _teacher(job: Job, windows: dict[str, Tensor], vocabulary: int, dtype: torch.dtype) -> Teacher | None:
     """What is kept of the full-precision model, which is made here; None where the text alone is learned."""
     config, device = job.recipe.e2e_qp, job.device
     if config.text_weight == 1:
@@ -265,7 +267,7 @@ def _teacher(job: Job, windows: dict[str, Tensor], dtype: torch.dtype) -> Teache
         windows = {"validation": windows["validation"]}
     blocks = open_blocks(open_model(job))
     use_tiled_attention(blocks.skeleton, device)
-    teacher = Teacher(job.out, windows, config.teacher_tokens, job.recipe.calibrate.seed, device)
+    teacher = Teacher(job.out, windows, vocabulary, config.teacher_tokens, job.recipe.calibrate.seed, device)
     model = StreamedModel(blocks, partial(stream_budget, device, job.recipe.block_ap.cache, job.out))
     with job.log.progress("e2e-qp: the full-precision model", sum(map(model.steps, windows.values()))) as bar:
         teacher.make(model, dtype, bar)

@@ -51,6 +51,15 @@ def test_version_one(tmp_path: Path) -> None:
     assert machine.cgroup_memory(root, joined(tmp_path, "5:cpu:/x\n4:memory:/job")) == 3 * GIB
 
 
+def test_version_one_counts_the_page_cache_of_the_groups_in_it(tmp_path: Path) -> None:
+    root = tmp_path / "fs"
+    group(root / "memory" / "job", str(4 * GIB), 3 * GIB, names=("limit_in_bytes", "usage_in_bytes"))
+    statistics = {"active_file": 0, "inactive_file": 0, "total_active_file": GIB, "total_inactive_file": GIB}
+    lines = "".join(f"{name} {count}\n" for name, count in statistics.items())
+    (root / "memory" / "job" / "memory.stat").write_text(lines)
+    assert machine.cgroup_memory(root, joined(tmp_path, "4:memory:/job")) == 3 * GIB
+
+
 def test_a_group_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
     group(tmp_path / "fs", str(GIB), 2 * GIB)
     assert machine.cgroup_memory(tmp_path / "fs", joined(tmp_path, "0::/")) == 0

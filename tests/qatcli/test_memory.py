@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,6 +24,13 @@ def _restartable() -> None:
         memory.PROC_CLEAR.write_text("5")
     except OSError:
         pytest.skip("this system does not restart a process's peak")
+
+
+def test_where_the_peak_cannot_be_restarted_none_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "PROC_CLEAR", tmp_path / "absent" / "clear_refs")
+    with part_peak(CPU) as rise:
+        _touch()
+    assert rise == {}
 
 
 def test_a_part_counts_from_its_own_beginning() -> None:

@@ -18,7 +18,7 @@ from qatcli.progress import Bar
 from qatcli.streaming import StreamedModel
 from qatcli.teacher import Teacher, keep_tokens
 
-CPU, FP32, KEPT = torch.device("cpu"), torch.float32, 8
+CPU, FP32, KEPT, VOCABULARY = torch.device("cpu"), torch.float32, 8, 61
 Make = Callable[[Teacher], Bar]
 
 
@@ -53,7 +53,7 @@ def make(random_llama: Path, tmp_path: Path) -> Make:
 def test_they_are_those_of_the_whole_model(
     windows: dict[str, Tensor], random_llama: Path, make: Make, tmp_path: Path, split: str
 ) -> None:
-    kept = Teacher(tmp_path, windows, KEPT, 2, CPU)
+    kept = Teacher(tmp_path, windows, VOCABULARY, KEPT, 2, CPU)
     bar = make(kept)
     assert bar.count == bar.total == 3 * (7 + 2)  # blocks, windows
     whole = open_source(str(random_llama)).load_model(FP32, CPU)
@@ -104,7 +104,7 @@ def test_draws_depend_on_the_seed_and_not_on_what_was_there_before(
     found = []
     for name, seed in (("a", 2), ("b", 2), ("c", 3)):
         (tmp_path / name).mkdir()
-        kept = Teacher(tmp_path / name, windows, KEPT, seed, CPU)
+        kept = Teacher(tmp_path / name, windows, VOCABULARY, KEPT, seed, CPU)
         make(kept)
         found.append(kept("train", torch.arange(7)).tokens)
     assert torch.equal(found[0], found[1])
@@ -112,7 +112,7 @@ def test_draws_depend_on_the_seed_and_not_on_what_was_there_before(
 
 
 def test_of_a_small_vocabulary_all_are_kept(windows: dict[str, Tensor], make: Make, tmp_path: Path) -> None:
-    kept = Teacher(tmp_path, windows, 1000, 2, CPU)
+    kept = Teacher(tmp_path, windows, VOCABULARY, 1000, 2, CPU)
     make(kept)
     found = kept("validation", torch.tensor([1]))
     assert found.tokens.shape == (9, 61)
@@ -120,8 +120,17 @@ def test_of_a_small_vocabulary_all_are_kept(windows: dict[str, Tensor], make: Ma
     torch.testing.assert_close(found.weights.sum(-1), torch.ones(9))
 
 
+def test_only_what_the_student_knows_is_kept(windows: dict[str, Tensor], make: Make, tmp_path: Path) -> None:
+    """A checkpoint of another tool may have fewer rows of embeddings than the model it was made from."""
+    kept = Teacher(tmp_path, windows, 40, KEPT, 2, CPU)
+    make(kept)
+    found = kept("train", torch.arange(7))
+    assert found.tokens.max() < 40
+    torch.testing.assert_close(found.weights.sum(-1), torch.ones(7 * 9))
+
+
 def test_what_an_interrupted_run_made_is_kept(windows: dict[str, Tensor], make: Make, tmp_path: Path) -> None:
-    kept = Teacher(tmp_path, windows, KEPT, 2, CPU)
+    kept = Teacher(tmp_path, windows, VOCABULARY, KEPT, 2, CPU)
     make(kept)
     files = sorted(tmp_path.glob("resume.*"))
     assert [file.name for file in files] == [
@@ -138,7 +147,7 @@ def test_what_an_interrupted_run_made_is_kept(windows: dict[str, Tensor], make: 
 
 
 def test_a_damaged_file_is_not_learned_from(windows: dict[str, Tensor], make: Make, tmp_path: Path) -> None:
-    kept = Teacher(tmp_path, windows, KEPT, 2, CPU)
+    kept = Teacher(tmp_path, windows, VOCABULARY, KEPT, 2, CPU)
     make(kept)
     file = min(tmp_path.glob("resume.*"))
     content = bytearray(file.read_bytes())

@@ -202,6 +202,32 @@ def test_one_row_has_no_error(data: Path, model: tuple[Any, Any]) -> None:
     json.dumps(found, allow_nan=False)
 
 
+def test_every_model_gets_the_same_examples(data: Path, model: tuple[Any, Any]) -> None:
+    rows = [{**ROWS["piqa"][0], "goal": f"goal {number}"} for number in range(12)]
+    (data / LOCAL_TASKS["piqa"].file).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    suite = load_suite(["piqa"], data=data, limit=3)
+    task = suite.loaded["tasks"]["piqa"]
+    task.set_config(key="num_fewshot", value=2)
+    asked = []
+    for _ in range(2):
+        _run(suite, model)
+        asked.append([instance.args for instance in task.instances])
+    assert asked[0] == asked[1]
+    assert "goal" in asked[0][0][0].split("\n\n")[0]
+
+
+def test_a_head_of_its_own_stays(tiny_llama: Path, data: Path) -> None:
+    """Though the config ties it, by which lm-eval goes."""
+    source = open_source(str(tiny_llama))
+    untied, tokenizer = source.load_model(torch.float32, torch.device("cpu")), source.tokenizer()
+    untied.config.tie_word_embeddings = True
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach() + 1)
+    before = untied.lm_head.weight.clone()
+    _run(load_suite(["piqa"], data=data, limit=None), (untied, tokenizer))
+    assert torch.equal(untied.lm_head.weight, before)
+    assert "tie_weights" not in vars(untied)
+
+
 def test_the_error_of_the_average() -> None:
     figures = [{"metric": "acc", "value": 0.5, "stderr": 0.03}, {"metric": "acc", "value": 0.7, "stderr": 0.04}]
     assert average(figures) == {"value": pytest.approx(0.6), "stderr": pytest.approx(0.05 / 2), "tasks": 2}
@@ -240,8 +266,17 @@ def _without_the_file(data: Path) -> None:
     (data / LOCAL_TASKS["piqa"].file).unlink()
 
 
+def _without_rows(data: Path) -> None:
+    (data / LOCAL_TASKS["piqa"].file).write_text("")
+
+
 @pytest.mark.parametrize(
-    ("damage", "message"), [(_without_a_key, "line 1: has no `sol2`"), (_without_the_file, "does not exist")]
+    ("damage", "message"),
+    [
+        (_without_a_key, "line 1: has no `sol2`"),
+        (_without_the_file, "does not exist"),
+        (_without_rows, "piqa_val.jsonl has no rows"),
+    ],
 )
 def test_wrong_data(data: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(data)
