@@ -204,11 +204,15 @@ def advance_stream(
 
 
 def check_range(stream: Tensor, name: str) -> None:
-    """DivergedError when a full-precision block's outputs left the range of fp16, which nothing later would mend."""
-    if stream.dtype == torch.float16 and not all_finite(stream):
+    """DivergedError when a full-precision block's outputs are not finite, in fp16 for leaving its range, which nothing
+    later would mend."""
+    if not all_finite(stream):
+        half = stream.dtype == torch.float16
         raise DivergedError(
-            f"{name} of the full-precision model has outputs beyond float16's largest number",
-            hint="set block_ap.amp to bfloat16, or to float32 where the device has no bfloat16",
+            f"{name} of the full-precision model has outputs {'beyond float16' if half else 'that are not finite'}",
+            hint="set block_ap.amp to bfloat16, or to float32 where the device has no bfloat16"
+            if half
+            else "check the model's files: `qat eval` measures it as it is",
         )
 
 

@@ -127,12 +127,14 @@ def run_all(
     """Run the chain and summarize it. Perplexities are of the recipe's first evaluation text."""
     recipe, run_dir, log = _begin(recipe_file, overrides, run_dir, verbosity)
     done: dict[str, StageDirectory] = {}
-    replaced = _replaced(run_dir, restart=restart)
     require_room([stage for stage in CHAIN if restart or not (run_dir / stage).is_dir()], recipe, run_dir, device)
     if restart or not (run_dir / CHAIN[0]).is_dir():
         _look_ahead(recipe, run_dir, device)
     if restart or not (run_dir / "pack").is_dir():
         _refuse_formats(recipe, run_dir, device)
+    replaced = _replaced(run_dir, restart=restart)  # from here on --restart counts: nothing refused it
+    if replaced and not restart:
+        log.say("continuing `qat run --restart`: what it did not reach is made again")
     try:
         for stage in CHAIN:
             done[stage] = _run_stage(stage, recipe, run_dir, replaced, restart=restart, device=device, log=log)

@@ -333,7 +333,7 @@ def _print_result(result: dict[str, Any], *, as_json: bool) -> None:
 def _put(data: str) -> None:
     """Data on stdout. ResourceError when it cannot be written."""
     try:
-        typer.echo(data)
+        typer.echo(os.fsencode(data))  # names of files are bytes
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -243,8 +243,19 @@ def is_begun(path: Path, identity: dict[str, Any]) -> bool:
 
 
 def recorded_digest(path: Path) -> str | None:
-    """The digest that the finished stage `path` says it has, unverified; None if there is none."""
-    return read_json(path / STAGE_FILE).get("digest") if (path / STAGE_FILE).is_file() else None
+    """The digest that the finished stage `path` says it has, unverified; None if there is none that can be read."""
+    try:
+        return read_json(path / STAGE_FILE).get("digest")
+    except InputError:
+        return None
+
+
+def result_digest(path: Path) -> str | None:
+    """`StageDirectory.digest` of the finished stage `path`, unverified; None if there is none that can be read."""
+    try:
+        return StageDirectory(path, read_json(path / STAGE_FILE)).digest
+    except (InputError, KeyError):
+        return None
 
 
 def refuse_changes(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:

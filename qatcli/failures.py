@@ -40,6 +40,14 @@ def explain(error: Exception, *, verbose: bool) -> QatError:
     return _unforeseen(error, verbose)
 
 
+def of_this_machine(error: BaseException | None) -> bool:
+    """Whether a library's error is that of its own memory or files, or was caused by one: no fault of what it read."""
+    if error is None:
+        return False
+    own = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in UNWRITABLE)
+    return own or of_this_machine(error.__cause__)
+
+
 def _stands_somewhere() -> bool:
     """Whether there is a current directory."""
     try:

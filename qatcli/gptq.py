@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qatcli.errors import DivergedError
 from qatcli.grid import ZeroPoints, grouped, search_grid
 
 DAMPING = 0.01  # of the mean diagonal, as in the paper
@@ -71,4 +72,7 @@ def _inverse_cholesky(hessian: Tensor, weight: Tensor) -> Tensor:
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if int(info) == 0:
                 return upper
-    raise ValueError("the Hessian is not positive definite even with heavy damping; are the activations finite?")
+    raise DivergedError(
+        "the Hessian of a linear's inputs is not positive definite even with heavy damping",
+        hint="set block_ap.amp to bfloat16 or float32 if activations overflow, or block_ap.rounding to nearest",
+    )

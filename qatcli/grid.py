@@ -52,6 +52,13 @@ def initial_grid(
     return scale, middle - (high > -low).float() if zero_points == "central" else middle
 
 
+def in_range(zero_point: Tensor, zero_points: ZeroPoints, bits: int) -> bool:
+    """Whether all of these integers are among the zero points that `initial_grid` may choose."""
+    middle = 2 ** (bits - 1)
+    allowed = {"any": (0, 2**bits - 1), "central": (middle - 1, middle), "middle": (middle, middle)}[zero_points]
+    return bool(((zero_point >= allowed[0]) & (zero_point <= allowed[1])).all())
+
+
 def search_grid(groups: Tensor, importance: Tensor, *, bits: int, zero_points: ZeroPoints) -> tuple[Tensor, Tensor]:
     """The grid that minimizes sum(importance * (w - w_hat)^2) per group, by search and least squares.
 
@@ -141,8 +148,10 @@ def _range(groups: Tensor, method: str) -> tuple[Tensor, Tensor]:
 
 def _asymmetric(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     qmax = 2**bits - 1
+    # The reference leaves zero points of one-sided groups outside [0, qmax] and corrupts its packing: the grid has to
+    # begin or end at zero then, to reach the weights.
+    low, high = low.clamp_max(0), high.clamp_min(0)
     scale = ((high - low) / qmax).clamp(MIN_SCALE, MAX_SCALE)
-    # The reference leaves zero points of one-sided groups outside [0, qmax] and corrupts its packing; we clamp.
     return scale, (-low / scale).round().clamp(0, qmax)
 
 

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +47,28 @@ def content_digest(source: str) -> str | None:
     changes everywhere. All have 64 MiB of pieces together, or 1 MiB each if that is more.
     """
     path = Path(source)
-    found = path.rglob("*") if path.is_dir() else map(Path, [source, *glob.iglob(source, recursive=True)])
+    found = _read_of(path) if path.is_dir() else map(Path, [source, *glob.iglob(source, recursive=True)])
     files = sorted({file for file in found if file.is_file()})
     digest = hashlib.sha256()
     sizes = [file.stat().st_size for file in files]
     all_whole = sum(sizes) <= PIECES * PIECE
     most = max(FEWEST_PIECES, PIECES // max(1, len(files)))
     for file, size in zip(files, sizes, strict=True):
-        digest.update(f"{file.name} {size} ".encode())
+        digest.update(os.fsencode(file.name) + f" {size} ".encode())
         whole = all_whole or size <= most * PIECE
         with open(file, "rb") as handle:
             for number in range(-(-size // PIECE) if whole else most):
                 handle.seek(number * PIECE if whole else number * (size - PIECE) // (most - 1))
                 digest.update(handle.read(PIECE))
     return digest.hexdigest()[:16] if files else None
+
+
+def _read_of(folder: Path) -> Iterator[Path]:
+    """The files in it or, where there are none, in its folders: what is read of a model or of data. None is hidden:
+    what git and the hub's client note beside them changes by itself."""
+    here = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+    below = (file for file in folder.rglob("*") if not any(p.startswith(".") for p in file.relative_to(folder).parts))
+    return iter(here) if here else below
 
 
 def _malformed(file: Path, what: str) -> InputError:

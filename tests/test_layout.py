@@ -20,7 +20,7 @@ from qatcli.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_FILE = 400
-CEILING = 21_350  # lines of qatcli and kernels together; raise it in the commit that needs it, and say why
+CEILING = 21_500  # lines of qatcli and kernels together; raise it in the commit that needs it, and say why
 LEAST_FILES = {"qatcli": 40, "kernels": 6}  # what must be found for a rule to have been checked at all
 JUNK_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}
 PARTS_OF_PYDANTIC = {"pydantic_core", "annotated_types"}

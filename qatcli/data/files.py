@@ -22,6 +22,7 @@ LocatedRow = tuple[str, Row]  # ("corpus.jsonl line 7", {...})
 TEXT_FIELD = "text"  # the one field of a row read from a plain text file
 _BATCH_ROWS = 1024
 _UNREADABLE = (OSError, EOFError, zlib.error)  # the last two: a gzip member that is cut off, or damaged
+LONGEST = 2**22  # characters of a document in a text file: a tokenizer takes 150 bytes of memory for each
 _DOCUMENT_END = "<|endoftext|>"  # a line of its own in TinyStories and other GPT-style dumps
 
 
@@ -126,7 +127,7 @@ def _is_json_lines(path: Path) -> bool:
     first = next(lines, "")
     try:
         return first.startswith("{") and isinstance(json.loads(first), dict) and next(lines, None) is not None
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -180,18 +181,20 @@ def _batches(path: Path, batches: Any) -> Iterator[LocatedRow]:
 def _text_documents(path: Path) -> Iterator[LocatedRow]:
     """Documents end at a line `<|endoftext|>`, at WikiExtractor's `<doc ...>` and `</doc>`, or at two empty lines.
 
-    A file without any of these, such as a raw WikiText file or a book, is one document.
+    A file without any of these, such as a raw WikiText file or a book, is one document, up to LONGEST characters: it
+    goes on in another one.
     """
     document: list[str] = []
-    first_line = 1
+    first_line, length = 1, 0
     for number, line in _lines(path):
         document.append(line)
+        length += len(line)
         ends = _is_delimiter(line)
         if ends:
             document.pop()
-        if ends or document[-2:] == ["", ""]:
+        if ends or length >= LONGEST or document[-2:] == ["", ""]:
             yield from _text_row(path, first_line, document)
-            document, first_line = [], number + 1
+            document, first_line, length = [], number + 1, 0
     yield from _text_row(path, first_line, document)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qatcli.data.windows import WindowSet
+from qatcli.directory import write_json
 from qatcli.shards import load_state, save_state
 
 FILE = "windows.safetensors"
@@ -44,7 +44,7 @@ def save_windows(directory: Path, windows: WindowSet) -> None:
     for name, (tokens, mask) in splits.items():
         tensors[name] = tokens
         tensors[f"{name}_mask"] = torch.ones(tokens.shape, dtype=torch.bool) if mask is None else mask
-    (directory / "data.json").write_text(json.dumps({"digest": windows.digest, **windows.stats}, indent=2) + "\n")
+    write_json(directory / "data.json", {"digest": windows.digest, **windows.stats})
     save_state(directory / FILE, tensors)
 
 

@@ -22,6 +22,8 @@ from qatcli.packed import PackedCheckpoint
 
 BITS = (2, 3, 4)
 GROUPS = (128, 64, 32)  # what the kernels of all servers take
+# In which transformers and vLLM put a scaled activation behind some linears, whose scales AutoAWQ writes.
+SCALED = ("falcon", "gpt_neox", "gptj", "starcoder2")
 _PROMOTE = "export with awq_promote, which stores them in 4 bits, or export compressed-tensors"
 
 
@@ -69,7 +71,12 @@ def compare(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> 
 
 
 def refuse(checkpoint: PackedCheckpoint, options: ExportOptions) -> None:
-    """QatError for bits, sizes or mixed groups it cannot say."""
+    """QatError for bits, sizes or mixed groups it cannot say, and for families whose activations readers scale."""
+    family = checkpoint.config["model_type"]
+    if family in SCALED:
+        raise QatError(
+            f"awq's readers scale the activations of {family}, as we do not", hint="export compressed-tensors, or dense"
+        )
     source.refuse_quantized_head(checkpoint, "awq")
     carried = BITS if options.awq_promote else (4,)
     source.refuse_bits(checkpoint, "awq", carried, hint=_PROMOTE)

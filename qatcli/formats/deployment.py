@@ -7,8 +7,11 @@ and SGLang from 0.5.21 run asymmetric or 2/3-bit GPTQ only with `--quantization 
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+from qatcli.errors import QatError
 from qatcli.formats import source
-from qatcli.formats.contract import Deployment
+from qatcli.formats.contract import Deployment, ExportOptions
 from qatcli.packed import PackedCheckpoint
 
 _HUMMING = "pip install humming-kernels; CUDA, compute capability 7.5 or newer"
@@ -35,8 +38,8 @@ def gptq(checkpoint: PackedCheckpoint, *, symmetric: bool) -> list[Deployment]:
         return where_merged(checkpoint, rows)
     if not symmetric:
         rows.append(Deployment("vLLM", "<= 0.11.0", "", "do not use: SILENTLY WRONG: zero points are read off by one"))
-    rows.append(_in_float16(checkpoint, "0.11.1 to 0.21", "vllm serve . --dtype float16"))
-    rows.append(Deployment("SGLang", "<= 0.5.19", _sglang("--dtype float16")))
+    rows.append(_in_float16(checkpoint, "vLLM", "0.11.1 to 0.21", "vllm serve ."))
+    rows.append(_in_float16(checkpoint, "SGLang", "<= 0.5.19", _sglang()))
     if len(kinds) == 1 and all(group > 0 for _, group in kinds):
         rows.append(Deployment("vLLM", ">= 0.22", "vllm serve . --quantization humming", _HUMMING))
         rows.append(Deployment("SGLang", ">= 0.5.21", _sglang("--quantization humming"), _HUMMING))
@@ -68,7 +71,7 @@ def bitblas(checkpoint: PackedCheckpoint, zeros_name: str) -> list[Deployment]:
     releases = ">= 5 with bitblas" if zeros_name == "qzeros" else "<= 4 with bitblas"
     rows = [Deployment("GPTQModel", releases, "GPTQModel.load('.')", "CUDA 12; the bitblas project is idle since 2025")]
     if zeros_name == "zeros":
-        rows.append(_in_float16(checkpoint, "<= 0.14.1", "vllm serve . --quantization gptq_bitblas --dtype float16"))
+        rows.append(_in_float16(checkpoint, "vLLM", "<= 0.14.1", "vllm serve . --quantization gptq_bitblas"))
         return where_merged(checkpoint, rows)
     return rows
 
@@ -83,13 +86,18 @@ def native() -> list[Deployment]:
 
 def awq(checkpoint: PackedCheckpoint) -> list[Deployment]:
     """Rows for AWQ, the asymmetric 4-bit format most servers detect by themselves."""
+    from qatcli.formats import mlx as mlx_format  # which imports this module
+
     rows = [
-        _in_float16(checkpoint, ">= 0.11.1", "vllm serve . --dtype float16", "Marlin kernels on Ampere and newer"),
-        Deployment("SGLang", ">= 0.5.10", _sglang("--dtype float16")),
+        _in_float16(checkpoint, "vLLM", ">= 0.11.1", "vllm serve .", "Marlin kernels on Ampere and newer"),
+        _in_float16(checkpoint, "SGLang", ">= 0.5.10", _sglang()),
         Deployment("transformers", ">= 5 with gptqmodel", _PYTHON),
         Deployment("GPTQModel", ">= 7", "GPTQModel.load('.')"),
-        Deployment("MLX", "mlx-lm >= 0.30.4", "mlx_lm.generate --model . --prompt Hello", "-s z is rounded to fp16"),
     ]
+    with suppress(QatError):  # what mlx-lm computes otherwise
+        mlx_format.refuse(checkpoint, ExportOptions())
+        how = "mlx_lm.generate --model . --prompt Hello"
+        rows.append(Deployment("MLX", "mlx-lm >= 0.30.4", how, "-s z is rounded to fp16"))
     return where_merged(checkpoint, rows)
 
 
@@ -154,11 +162,14 @@ def dense() -> list[Deployment]:
     ]
 
 
-def _in_float16(checkpoint: PackedCheckpoint, releases: str, command: str, remark: str = "") -> Deployment:
-    """A row of vLLM for kernels of float16 alone, which it refuses to run some families in."""
+def _in_float16(
+    checkpoint: PackedCheckpoint, runtime: str, releases: str, command: str, remark: str = ""
+) -> Deployment:
+    """A row for kernels of float16 alone, which the activations of some families leave."""
     if checkpoint.config["model_type"] in NOT_IN_FLOAT16:
-        return Deployment("vLLM", releases, "", "does not run it: vLLM refuses this family in float16; export dense")
-    return Deployment("vLLM", releases, command, remark)
+        refusal = "does not run it: its kernels are of float16, which this family's activations leave; export dense"
+        return Deployment(runtime, releases, "", refusal)
+    return Deployment(runtime, releases, f"{command} --dtype float16", remark)
 
 
 def _exists(checkpoint: PackedCheckpoint, linear: str) -> bool:

@@ -156,7 +156,8 @@ class BlockModel:
             for module in base.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(device))
-            record.learn(base, device)
+            with refused(f"{self.source.path}: its blocks cannot be run one at a time"):
+                record.learn(base, device)
             yield base, record
         finally:
             for block in blocks:
@@ -194,28 +195,36 @@ class Record:
     @torch.no_grad()
     def learn(self, base: nn.Module, device: torch.device) -> None:
         """Find out, on two tokens, what the model takes for a block's output. InputError when what it passes to blocks
-        for one sequence cannot be passed for several."""
+        for one sequence cannot be passed for several, or for another one, or is what blocks fill for each other."""
         one, two = (torch.zeros(count, 2, dtype=torch.long, device=device) for count in (1, 2))
         try:
             base(input_ids=one, use_cache=False)
         except _TakesTheFirst:
             self._tuples = True
             base(input_ids=one, use_cache=False)
-        alone = self._rows()
+        alone = self._tensors()
+        base(input_ids=one + 1, use_cache=False)
+        other = self._tensors()
         base(input_ids=two, use_cache=False)
-        together = self._rows()
+        together = self._tensors()
         for place in alone.keys() & together.keys():
-            rows = alone[place], together[place]
+            rows = len(alone[place]), len(together[place])
             if rows != (1, 2) and rows[0] != rows[1]:
                 raise InputError(
                     f"blocks receive `{place[1]}` with {rows[0]} rows for one sequence and {rows[1]} for two; "
                     "unsupported model"
                 )
+            known = type(alone[place]) is Tensor and not alone[place].is_meta  # a plan traces tensors without values
+            if known and not torch.equal(alone[place], other[place]):
+                raise InputError(f"blocks receive `{place[1]}`, which depends on the tokens; unsupported model")
+        for name, value in self.arguments[0].items():
+            if isinstance(value, dict) and not value:
+                raise InputError(f"blocks pass `{name}` on to later ones; unsupported model")
 
-    def _rows(self) -> dict[tuple[int, str, int], int]:
-        """Length of every tensor that was passed to blocks, by block, name and place in a tuple of them."""
+    def _tensors(self) -> dict[tuple[int, str, int], Tensor]:
+        """Every tensor that was passed to blocks, by block, name and place in a tuple of them."""
         return {
-            (index, name, place): len(part)
+            (index, name, place): part
             for index, arguments in self.arguments.items()
             for name, value in arguments.items()
             for place, part in enumerate(value if isinstance(value, tuple) else (value,))
@@ -235,7 +244,9 @@ def open_blocks(source: ModelSource) -> BlockModel:
     """
     config = source.config()
     with refused(f"{source.path}: transformers cannot build this model"), init_empty_weights(include_buffers=False):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+        # In fp32, as students are loaded: tables that no checkpoint has are computed in this type.
+        trust = source.trust_remote_code
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust)
     skeleton.tie_weights()
     missing = [name for name in _without_head(skeleton) if name not in source.shapes]
     if missing and source.shapes:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from qatcli.errors import InputError
+from qatcli.failures import of_this_machine
 from qatcli.models.gguf import convert
 from qatcli.models.refusal import load_complete, refused
 from qatcli.packed import companion_files, read_config
@@ -86,7 +87,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 @contextmanager
 def fetching(repo: str) -> Iterator[None]:
-    """InputError for whatever goes wrong between the hub and us."""
+    """InputError for whatever goes wrong between the hub and us, but for a full disk or memory."""
     from huggingface_hub.errors import HFValidationError
 
     try:
@@ -95,6 +96,8 @@ def fetching(repo: str) -> Iterator[None]:
         if any(isinstance(each, HFValidationError) for each in (error, error.__cause__)):
             hint = "give the path of a folder or file that exists, or a name such as meta-llama/Llama-2-7b-hf"
             raise InputError(f"{repo} is neither a folder, a GGUF file nor a hub id", hint=hint) from error
+        if of_this_machine(error):
+            raise
         raise InputError(
             f"{repo} could not be fetched from the hub: {error}",
             hint="check the name and the network, log in for gated models, or give a local folder",

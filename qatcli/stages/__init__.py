@@ -130,7 +130,7 @@ def run_stage(
         given = _open_input(stage, recipe, run_dir, source)
         identity = _identity(stage, recipe, given) | ({"variant": variant} if variant else {})
         # Unfinished work of the same identity beside a finished stage is an interrupted --restart: it is continued.
-        begun = directory.is_begun(path, identity)
+        begun = not restart and directory.is_begun(path, identity)
         restart |= outdated and not begun
         if path.is_dir() and not restart and not begun:
             finished = directory.open_stage(path)
@@ -173,7 +173,7 @@ def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]
         "stage": name,
         "kind": stage.writes,
         "identity": identity,
-        "input": None if job.source is None else str(job.source.path),
+        "input": None if job.source is None else str(job.source.path.absolute()),
         "recipe": recipe,
         "recipe_digest": digest(job.recipe),
         "seconds": round(seconds, 3),
@@ -184,6 +184,8 @@ def _run(name: str, stage: Stage, job: Job, path: Path, identity: dict[str, Any]
         "metrics": metrics,
         "model_fingerprint": metrics.get("model_fingerprint") or _fingerprint(job.source),
     }
+    if job.source is not None:
+        _refuse_replaced_meanwhile(job.source)
     finished = directory.commit(path, job.out, facts)
     job.log.say(f"{name}{' ' + job.variant if job.variant else ''}: done in {duration(seconds)}, {path}")
     return finished
@@ -222,14 +224,21 @@ def _refuse_replaced(found: StageDirectory, run_dir: Path) -> None:
         file = run_dir / Path(name).name / directory.STAGE_FILE
         if Path(name).resolve() != file.parent.resolve() or not file.is_file():
             return
-        given = StageDirectory(file.parent, read_json(file))
-        if given.digest != found.facts["identity"].get("input"):
+        if directory.result_digest(file.parent) != found.facts["identity"].get("input"):
             raise InputError(
                 f"{found.path} was made from a {file.parent.name} that has been made again since",
                 hint=f"run `qat {found.path.name} --restart` and the stages after it, or, if it is meant, give it with "
                 "--from",
             )
-        found = given
+        found = StageDirectory(file.parent, read_json(file))
+
+
+def _refuse_replaced_meanwhile(source: StageDirectory) -> None:
+    """InputError when the input was made again while the stage read it, tensor by tensor: it would mix the two."""
+    if source.kind != "checkpoint" and directory.result_digest(source.path) != source.digest:
+        raise InputError(
+            f"{source.path} was made again while this stage read it", hint="begin the stage again with --restart"
+        )
 
 
 def _refuse_another_recipe(name: str, found: StageDirectory, recipe: Recipe) -> None:

@@ -43,6 +43,7 @@ from qatcli.blocktrain import (
 )
 from qatcli.data import load_windows
 from qatcli.errors import DivergedError, InputError
+from qatcli.grid import in_range
 from qatcli.models.blocks import BlockModel, open_blocks
 from qatcli.models.readers import readers_behind, stream_readers
 from qatcli.moments import input_moments, weight_errors
@@ -180,6 +181,11 @@ def _train(
     grids = {}
     for name, quant in quants.items():
         _, scale, zero_point = read_linear(initial, name, quant)
+        if not in_range(zero_point, recipe.quant.zero_points, quant.bits):
+            raise InputError(
+                f"{job.input.path} has zero points of {name} that the recipe's quant.zero_points excludes",
+                hint="run `qat calibrate` with this recipe, or put its quant section back",
+            )
         grids[name] = (scale.to(job.device), zero_point.float().to(job.device))
     hessians = None
     if config.rounding == "gptq":

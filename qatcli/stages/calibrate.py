@@ -20,6 +20,7 @@ from qat_kernels import quantize
 from qatcli.activations import SWEEP_BATCH, advance_stream, check_range, fill_streams, stream_budget
 from qatcli.attention import use_tiled_attention
 from qatcli.blockfiles import block_quants, finish, finished_blocks, save_block
+from qatcli.casting import all_finite
 from qatcli.data import check_source, load_windows, sample_windows, save_windows
 from qatcli.data.store import FILE as WINDOWS
 from qatcli.directory import write_json
@@ -135,6 +136,12 @@ def _round_block(
         linear = block.get_submodule(name.removeprefix(prefix))
         assert isinstance(linear, nn.Linear)
         weight, shape = linear.weight.detach(), {"bits": q.bits, "group_size": q.group_size}
+        if not all_finite(weight):
+            raise InputError(f"{model.source.path}: {name} has weights that are not finite", hint="get the model again")
+        if job.recipe.calibrate.moment_samples and name not in moments:
+            raise InputError(
+                f"{name} is not called as a linear: its model uses the weight itself", hint="add it to quant.skip"
+            )
         scale, zero_point = initial_grid(
             weight, **shape, zero_points=quant.zero_points, method=quant.init, moment=moments.get(name)
         )

@@ -95,6 +95,28 @@ def test_a_baseline_that_has_no_room_is_said_before_the_training(recipe: Path, m
     assert "eval.baselines" in (caught.value.hint or "")
 
 
+def test_a_restart_that_is_refused_replaces_nothing_later(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    for name in CHAIN:
+        commit(run / name, begin(run / name, {}, restart=False), FACTS)
+    monkeypatch.setattr(chain, "run_stage", lambda *_, **__: pytest.fail("begun"))
+    options: dict[str, Any] = {"run_dir": run, "restart": True, "device": "cpu", "verbosity": -1}
+    with pytest.raises(InputError, match="not 100000"):
+        chain.run_all(recipe, ["eval.perplexity.0.windows=100000"], **options)
+    assert not (run / chain.RESTART).exists()
+
+
+def test_a_restart_gets_past_a_damaged_stage(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    for name in CHAIN:
+        commit(run / name, begin(run / name, {}, restart=False), FACTS)
+    (run / "eval" / "stage.json").write_text("")
+    monkeypatch.setattr(chain, "run_stage", lambda name, *_, **__: StageDirectory(run / name, FACTS))
+    chain.run_all(recipe, [], run_dir=run, restart=True, device="cpu", verbosity=-1)
+
+
 def test_an_interrupted_restart_replaces_the_baseline_that_it_did_not_reach(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

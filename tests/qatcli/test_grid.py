@@ -53,9 +53,10 @@ def minmax_of_the_paper(weight: np.ndarray, bits: int, size: int) -> tuple[np.nd
     for row in range(rows):
         for group in range(columns // size):
             values = weight[row, group * size : (group + 1) * size]
-            step = np.clip((values.max() - values.min()) / qmax, np.float32(1e-4), np.float32(1e4))
+            low, high = np.minimum(values.min(), 0), np.maximum(values.max(), 0)  # the paper's where signs differ
+            step = np.clip((high - low) / qmax, np.float32(1e-4), np.float32(1e4))
             scale[row, group] = step
-            zero[row, group] = np.clip(np.rint(-values.min() / step), 0, qmax)
+            zero[row, group] = np.clip(np.rint(-low / step), 0, qmax)
     return scale, zero
 
 
@@ -78,8 +79,9 @@ def test_minmax_is_the_formula_of_the_paper(weight: Tensor, bits: int, size: int
 def test_zero_points_of_one_sided_groups_stay_in_the_grid() -> None:
     """Unclamped they would be -15 and 18: the reference packs such values into the bits of their neighbours."""
     weight = torch.tensor([[5.0, 5.3, 5.6, 6.0], [-6.0, -5.6, -5.3, -5.0]])
-    _, zero_point = initial_grid(weight, bits=2, group_size=-1, zero_points="any", method="minmax")
+    scale, zero_point = initial_grid(weight, bits=2, group_size=-1, zero_points="any", method="minmax")
     assert zero_point.tolist() == [[0.0], [3.0]]
+    assert (rounded(weight, scale, zero_point, 2, 4) - weight).abs().max() <= 1  # and reaches the weights
 
 
 @QUICK

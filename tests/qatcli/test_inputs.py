@@ -90,6 +90,21 @@ def test_a_file_that_may_not_be_read_is_an_input_error(tmp_path: Path, monkeypat
         file_inside(tmp_path, "a")
 
 
+def test_what_is_not_read_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    before = content_digest(str(tmp_path))
+    for place in (".git/index", "runs/x/calibrate.lock", ".notes"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text("x")
+        assert content_digest(str(tmp_path)) == before, place
+    with open(os.fsencode(tmp_path) + b"/na\xefve.txt", "w"):
+        assert content_digest(str(tmp_path)) != before
+    (tmp_path / "folders" / "train").mkdir(parents=True)
+    assert content_digest(str(tmp_path / "folders")) is None
+    (tmp_path / "folders" / "train" / "b.txt").write_text("b")
+    assert content_digest(str(tmp_path / "folders")) is not None
+
+
 def test_what_is_in_files_is_told_by_their_names_and_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "PIECES", 4)
     monkeypatch.setattr(inputs, "PIECE", 8)

@@ -63,6 +63,8 @@ def import_checkpoint(path: Path, out: Path) -> None:
             writer.add_linear(name, linear)
         taken = {f"{name}.{part}" for name in names for part in (*PARTS, "bias")}
         known = architecture.state_dict().keys()
+        if scaled := [name for name in files.shards if name.endswith(".scales") and name not in taken | known]:
+            raise InputError(f"{path} scales activations ({scaled[0]})", hint="only plain weights are imported")
         for name in files.shards:
             if name not in taken and (name in known or not name.endswith(DERIVED)):
                 writer.add_tensor(name, files.tensor(name))

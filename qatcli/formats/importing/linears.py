@@ -77,6 +77,9 @@ def storage_of(path: Path, settings: Mapping[str, Any]) -> Storage:
             raise InputError(
                 f"{path} stores compressed-tensors as {settings.get('format')}", hint="only pack-quantized is imported"
             )
+        groups = (settings.get("config_groups") or {}).values()
+        if any(group.get("input_activations") for group in groups):
+            raise InputError(f"{path} quantizes activations, too", hint="only quantized weights are imported")
         if settings.get("transform_config"):
             raise InputError(f"{path} rotates activations (transform_config)", hint="only plain weights are imported")
         return Storage("compressed-tensors")

@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qatcli.data import files
 from qatcli.data.files import read_rows, read_text
 from qatcli.errors import InputError, RecipeError
 
@@ -94,6 +95,16 @@ def test_text_documents(tmp_path: Path, text: str) -> None:
     assert values(write(tmp_path / "a.txt", text)) == [{"text": "one\ntwo"}, {"text": "three"}]
 
 
+def test_a_document_without_an_end_goes_on_in_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer takes 150 bytes of memory for each character."""
+    monkeypatch.setattr(files, "LONGEST", 20)
+    lines = [f"line {number}" for number in range(10)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    found = [row["text"] for _, row in read_rows(tmp_path / "a.txt")]
+    assert [len(text.split("\n")) for text in found] == [4, 4, 2]
+    assert "\n".join(found).split("\n") == lines
+
+
 def test_rows_know_their_place(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n')
     assert [where for where, _ in read_rows(path)] == [f"{path} line 1", f"{path} line 3"]
@@ -128,6 +139,7 @@ def test_json_lines_under_the_suffix_json_are_read_line_by_line(tmp_path: Path) 
         ("a.json", b"3", "holds a number, not rows"),
         ("a.json", b'{"data": {"text": "a"}}', "not rows"),
         ("a.json", b"", "not valid JSON"),
+        ("a.json", b'{"a":' * 100_000, "not valid JSON"),
         ("a.json", b'[{"text": "a"', "not valid JSON"),
         ("a.json", b'{"text": "a"\n', "line 1: not valid JSON"),
         ("a.parquet", b"no parquet", "not a readable parquet file"),

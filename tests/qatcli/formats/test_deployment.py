@@ -77,17 +77,19 @@ def test_servers_that_merge_linears_are_not_promised_for_parts_that_differ(
         assert deployment.where_merged(packed(2, **options), rows) == rows
 
 
-def test_vllm_is_not_promised_in_float16_for_families_that_it_refuses_there(packed: Packed) -> None:
-    """Its kernels for these formats have no other type."""
+def test_servers_are_not_promised_in_float16_for_families_that_leave_it(packed: Packed) -> None:
+    """Their kernels for these formats have no other type."""
     gemma = replace(packed(4), config={**packed(4).config, "model_type": "gemma3_text"})
     for rows in (
         deployment.gptq(gemma, symmetric=False),
         deployment.awq(gemma),
         deployment.bitblas(gemma, "zeros"),
     ):
-        found = [row for row in rows if row.runtime == "vLLM"]
-        assert any("vLLM refuses this family in float16" in row.remark for row in found)
+        found = [row for row in rows if row.runtime in ("vLLM", "SGLang")]
+        assert any("this family's activations leave" in row.remark for row in found)
         assert not any("--dtype float16" in row.command for row in found)
+    assert "MLX" in [row.runtime for row in deployment.awq(packed(4))]
+    assert "MLX" not in [row.runtime for row in deployment.awq(gemma)]
 
 
 def test_compressed_tensors_need_the_release_that_reads_zero_points(packed: Packed) -> None:

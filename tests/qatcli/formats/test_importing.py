@@ -291,6 +291,26 @@ def test_rotated_activations_are_refused(packed: Packed, tmp_path: Path) -> None
         import_checkpoint(tmp_path / "export", tmp_path / "packed")
 
 
+def test_scaled_activations_are_refused(packed: Packed, tmp_path: Path) -> None:
+    """AutoAWQ's, in families whose activation stands between the linears; the plain one would compute another model."""
+    FORMATS["awq"].write(packed(4), tmp_path / "export", OPTIONS)
+    tensors = load_file(tmp_path / "export" / "model.safetensors")
+    tensors["model.layers.0.mlp.act.scales"] = torch.full((64,), 3.0)
+    save_file(tensors, tmp_path / "export" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"scales activations .*act\.scales"):
+        import_checkpoint(tmp_path / "export", tmp_path / "packed")
+
+
+def test_quantized_activations_are_refused(packed: Packed, tmp_path: Path) -> None:
+    FORMATS["compressed-tensors"].write(packed(4), tmp_path / "export", OPTIONS)
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["input_activations"] = {"num_bits": 8}
+    (tmp_path / "export" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="quantizes activations, too"):
+        import_checkpoint(tmp_path / "export", tmp_path / "packed")
+
+
 def test_what_older_tools_saved_beside_the_weights_is_left(packed: Packed, tmp_path: Path) -> None:
     """Zeros for biases that Llama has not, and frequencies that follow from the configuration."""
     checkpoint, name = packed(4), "model.layers.0.mlp.up_proj"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,31 @@ def test_positional_arguments_to_blocks_are_refused(random_llama: Path, monkeypa
 
     monkeypatch.setattr(type(base), "forward", forward)
     with pytest.raises(InputError, match="positional"):
+        model.block_arguments(4, CPU, FP32)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (lambda ids: {"tokens": ids}, "receive `tokens`, which depends on the tokens"),
+        (lambda ids: {"shared": {}}, "pass `shared` on to later ones"),
+    ],
+)
+def test_arguments_that_depend_on_the_tokens_are_refused(
+    random_llama: Path, monkeypatch: pytest.MonkeyPatch, argument: Callable[[Tensor], dict[str, Any]], message: str
+) -> None:
+    """Block by block all windows are given the same."""
+    model = open_blocks(open_source(str(random_llama)))
+    base, calls = model.skeleton.model, model.skeleton.model.forward
+
+    def forward(input_ids: Tensor, **kwargs: Any) -> Any:
+        for block in base.layers:
+            inner = block.forward
+            block.forward = partial(inner, **argument(input_ids))
+        return calls(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(base, "forward", forward)
+    with pytest.raises(InputError, match=message):
         model.block_arguments(4, CPU, FP32)
 
 

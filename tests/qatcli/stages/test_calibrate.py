@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qatcli.data import load_windows
-from qatcli.errors import InputError
+from qatcli.errors import DivergedError, InputError
 from qatcli.grid import initial_grid
 from qatcli.packed import PackedCheckpoint
 from qatcli.recipe import Recipe
@@ -70,6 +70,30 @@ def test_an_interrupted_run_is_not_continued_with_another_model(
     before = kept.stat().st_mtime_ns
     calibrate.run(_job(model, tiny_text, tmp_path / "out"))
     assert kept.stat().st_mtime_ns == before, "not made again"
+
+
+def test_weights_that_are_not_finite_are_refused(model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.down_proj.weight"))
+    tensors[name][3, 2] = float("nan")
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises((InputError, DivergedError), match="not finite"):
+        calibrate.run(_job(model, tiny_text, tmp_path / "out"))
+
+
+def test_a_linear_whose_weight_the_model_uses_by_itself_is_refused(
+    model: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mamba's dt_proj: what stands in for it in training would not be asked."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        up = x @ self.up_proj.weight.T
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * up)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
+    with pytest.raises(InputError, match="up_proj is not called as a linear") as caught:
+        calibrate.run(_job(model, tiny_text, tmp_path / "out"))
+    assert "quant.skip" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -203,6 +203,25 @@ def finish(run_dir: Path, stage: str, given: StageDirectory | None) -> StageDire
     return commit(run_dir / stage, partial, facts | {"recipe": build().model_dump(mode="json")})
 
 
+def test_a_stage_whose_input_is_replaced_meanwhile_is_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would mix tensors of both."""
+    given = finish(tmp_path / "other", "block-ap", None)
+
+    def run(job: Job) -> dict[str, Any]:
+        (job.out / "file").touch()
+        finish(tmp_path / "other", "block-ap", None)
+        return {}
+
+    monkeypatch.setitem(sys.modules, "qatcli.stages.fake", SimpleNamespace(run=run))  # type: ignore[arg-type]
+    path = tmp_path / "e2e-qp"
+    job = Job(build(), given, begin(path, {}, restart=False), tmp_path, RunLog(verbosity=-1), torch.device("cpu"))
+    with pytest.raises(InputError, match="was made again while this stage read it"):
+        _run("e2e-qp", Stage("fake", (), (), "packed", ()), job, path, {})
+    assert not path.exists()
+
+
 def test_a_stage_is_not_read_whose_own_input_was_made_again(tmp_path: Path) -> None:
     """Else `pack` would publish what was trained from a calibration that is gone."""
     first = finish(tmp_path, "calibrate", None)
