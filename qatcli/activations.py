@@ -205,9 +205,9 @@ def advance_stream(
 
 def check_range(stream: Tensor, name: str) -> None:
     """DivergedError when a full-precision block's outputs are not finite, in fp16 for leaving its range, which nothing
-    later would mend."""
-    if not all_finite(stream):
-        half = stream.dtype == torch.float16
+    later would mend. A token may do that alone; weights that are not finite spoil the first window like all others."""
+    half = stream.dtype == torch.float16
+    if not all_finite(stream if half else stream[:1]):
         raise DivergedError(
             f"{name} of the full-precision model has outputs {'beyond float16' if half else 'that are not finite'}",
             hint="set block_ap.amp to bfloat16, or to float32 where the device has no bfloat16"

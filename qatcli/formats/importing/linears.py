@@ -49,8 +49,9 @@ def storage_of(path: Path, settings: Mapping[str, Any]) -> Storage:
     if method is None:
         return Storage("EfficientQAT")
     if method == "auto-round":
-        packing, kind, activations = (settings.get(key) for key in ("packing_format", "data_type", "act_bits"))
-        if packing not in AUTO_ROUND or (kind or "int") != "int" or (activations or 16) < 16:
+        packing = str(settings.get("packing_format"))
+        kind, activations = settings.get("data_type"), settings.get("act_bits")
+        if packing not in AUTO_ROUND or (kind or "int") != "int" or activations not in (None, 16, 32):
             raise InputError(
                 f"{path} stores AutoRound {packing} of {kind or 'int'} weights, {activations or 16}-bit activations",
                 hint=f"only int weights packed as {', '.join(AUTO_ROUND)} are imported, of 16-bit activations",
@@ -77,8 +78,9 @@ def storage_of(path: Path, settings: Mapping[str, Any]) -> Storage:
             raise InputError(
                 f"{path} stores compressed-tensors as {settings.get('format')}", hint="only pack-quantized is imported"
             )
-        groups = (settings.get("config_groups") or {}).values()
-        if any(group.get("input_activations") for group in groups):
+        groups = settings.get("config_groups")
+        each = groups.values() if isinstance(groups, dict) else ()
+        if any(isinstance(group, dict) and group.get("input_activations") for group in each):
             raise InputError(f"{path} quantizes activations, too", hint="only quantized weights are imported")
         if settings.get("transform_config"):
             raise InputError(f"{path} rotates activations (transform_config)", hint="only plain weights are imported")
