@@ -71,6 +71,9 @@ def search_grid(groups: Tensor, importance: Tensor, *, bits: int, zero_points: Z
     offsets = {"any": (-1, 0, 1), "central": (-1, 0), "middle": (0,)}[zero_points]
     best = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
+    if zero_points == "any":  # of a group of one sign no range below has zero, as the grid does that `minmax` takes
+        best_scale, best_zero = _asymmetric(low, high, bits)
+        best = torch.where((low > 0) | (high < 0), _error(groups, best_scale, best_zero, importance, qmax), best)
     for shrink in SHRINK:
         if zero_points == "any":
             scale = ((high - low) * shrink / qmax).clamp(MIN_SCALE, MAX_SCALE)

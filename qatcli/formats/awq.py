@@ -72,16 +72,15 @@ def compare(checkpoint: PackedCheckpoint, out: Path, options: ExportOptions) -> 
 
 def refuse(checkpoint: PackedCheckpoint, options: ExportOptions) -> None:
     """QatError for bits, sizes or mixed groups it cannot say, and for families whose activations readers scale."""
-    family = checkpoint.config["model_type"]
-    if family in SCALED:
-        raise QatError(
-            f"awq's readers scale the activations of {family}, as we do not", hint="export compressed-tensors, or dense"
-        )
     source.refuse_quantized_head(checkpoint, "awq")
     carried = BITS if options.awq_promote else (4,)
     source.refuse_bits(checkpoint, "awq", carried, hint=_PROMOTE)
     refuse_sizes(checkpoint, "awq", 32)
     group_size(checkpoint, promote=options.awq_promote)
+    family = checkpoint.config["model_type"]
+    if family in SCALED:
+        hint = "export compressed-tensors, or dense"
+        raise QatError(f"awq's readers scale the activations of {family}, as we do not", hint=hint)
 
 
 def group_size(checkpoint: PackedCheckpoint, *, promote: bool) -> int:

@@ -6,6 +6,7 @@ import json
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -428,6 +429,12 @@ def test_awq_promotes_to_the_largest_group_that_divides_all() -> None:
     modules = {"a": ModuleQuant(2, 128, 256, 64), "b": ModuleQuant(4, 64, 256, 64)}
     checkpoint: Any = SimpleNamespace(modules=modules)
     assert awq.group_size(checkpoint, promote=True) == 64
+
+
+def test_families_whose_activations_readers_of_awq_scale_are_refused(packed: Packed) -> None:
+    falcon = replace(packed(4), config={**packed(4).config, "model_type": "falcon"})
+    with pytest.raises(QatError, match="scale the activations of falcon"):
+        FORMATS["awq"].refuse(falcon, ExportOptions())
 
 
 @pytest.mark.parametrize("name", ["gptq", "bitblas", "awq"])
