@@ -11,7 +11,8 @@ import traceback
 from qatcli.errors import QatError, ResourceError, UsageError
 
 # What a file system says of a write; files to read are checked where they are opened.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+DENIED = (errno.EACCES, errno.EPERM)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, *DENIED)
 SMALLER = (
     "free memory or lower block_ap.cache.host_gb (a GPU's: device_gb), and the same command continues; or lower the "
     "stage's batch_size, micro_batch_size or seq_len and begin it again with --restart"
@@ -29,7 +30,7 @@ def explain(error: Exception, *, verbose: bool) -> QatError:
         return ResourceError(f"out of memory: {error}", hint=SMALLER)
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         place = f" ({error.filename})" if error.filename else ""
-        denied = error.errno in (errno.EACCES, errno.EPERM)
+        denied = error.errno in DENIED
         hint = "check its permissions" if denied else "free space or choose another --run directory"
         text = f"cannot {'access' if denied else 'write'}{place}: {os.strerror(error.errno)}"
         return ResourceError(text, hint=f"{hint}; the same command continues")
@@ -40,12 +41,13 @@ def explain(error: Exception, *, verbose: bool) -> QatError:
     return _unforeseen(error, verbose)
 
 
-def of_this_machine(error: BaseException | None) -> bool:
-    """Whether a library's error is that of its own memory or files, or was caused by one: no fault of what it read."""
-    if error is None:
-        return False
-    own = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in UNWRITABLE)
-    return own or of_this_machine(error.__cause__)
+def own_error(error: BaseException | None) -> BaseException | None:
+    """The error of this machine's memory or files that a library's is, or was caused by: no fault of what it read."""
+    if error is None or isinstance(error, MemoryError):
+        return error
+    if isinstance(error, OSError) and error.errno in UNWRITABLE and (error.errno not in DENIED or error.filename):
+        return error  # without a file's name it was a connection that was denied
+    return own_error(error.__cause__)
 
 
 def _stands_somewhere() -> bool:

@@ -14,6 +14,7 @@ from qatcli.errors import InputError
 
 PIECES, PIECE = 1024, 2**16
 FEWEST_PIECES = 16
+READ = (".safetensors", ".gguf", ".jsonl", ".ndjson", ".parquet", ".arrow", ".txt", ".text", ".raw", ".utf8", ".gz")
 JSON_LIMIT = 2**28  # bytes; the index of a model with 100,000 tensors has 10 MB
 
 
@@ -64,11 +65,11 @@ def content_digest(source: str) -> str | None:
 
 
 def _read_of(folder: Path) -> Iterator[Path]:
-    """The files in it or, where there are none, in its folders: what is read of a model or of data. None is hidden:
-    what git and the hub's client note beside them changes by itself."""
+    """What is read of a folder with a model or data: the files in it if weights or text are among them, else those in
+    its folders, too. None is hidden: what git and the hub's client note beside them changes by itself."""
     here = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
     below = (file for file in folder.rglob("*") if not any(p.startswith(".") for p in file.relative_to(folder).parts))
-    return iter(here) if here else below
+    return iter(here) if any(file.suffix in READ for file in here) else below
 
 
 def _malformed(file: Path, what: str) -> InputError:

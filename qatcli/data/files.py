@@ -131,6 +131,14 @@ def _is_json_lines(path: Path) -> bool:
         return False
 
 
+def is_json_list(path: Path) -> bool:
+    """Whether the file is read whole, being one list, and not line by line."""
+    if path.suffix.lower() != ".json":
+        return False
+    with path.open("rb") as file:
+        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+
+
 def _object(where: str, value: Any) -> Row:
     if not isinstance(value, dict):
         raise InputError(f"{where}: a row must be an object, found {_kind(value)}", hint='e.g. {"text": "..."}')

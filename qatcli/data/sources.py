@@ -18,7 +18,7 @@ from typing import Any
 
 from qatcli.data.files import SUFFIXES, LocatedRow, file_kind, is_text_file, read_rows
 from qatcli.errors import InputError
-from qatcli.failures import of_this_machine
+from qatcli.failures import own_error
 from qatcli.recipe import DataSource
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -129,8 +129,8 @@ def load_hub(dataset: str, name: str | None, **options: Any) -> Any:
 
 
 def _hub_error(dataset: str, error: Exception) -> InputError:
-    if of_this_machine(error):
-        raise error
+    if own := own_error(error):
+        raise own
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if "scripts are no longer supported" in reason:
         return InputError(

@@ -27,15 +27,17 @@ class RowModel(HFLM):
         self, model: Any, tokenizer: Any, *, batch_tokens: int, dtype: torch.dtype, log: RunLog, title: str
     ) -> None:
         model.tie_weights = lambda *_, **__: None  # which lm-eval calls: it would replace a head that the config ties
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend="causal",
-            batch_size=max(1, batch_tokens // _TYPICAL_TOKENS),
-            mixed_precision_dtype=None if dtype == torch.float32 else dtype,
-            softmax_dtype=torch.float32,
-        )
-        del model.tie_weights
+        try:
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                backend="causal",
+                batch_size=max(1, batch_tokens // _TYPICAL_TOKENS),
+                mixed_precision_dtype=None if dtype == torch.float32 else dtype,
+                softmax_dtype=torch.float32,
+            )
+        finally:
+            del model.tie_weights
         self._batch_tokens = batch_tokens
         self._dtype = dtype
         self._log = log

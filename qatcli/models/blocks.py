@@ -218,7 +218,7 @@ class Record:
             if known and not torch.equal(alone[place], other[place]):
                 raise InputError(f"blocks receive `{place[1]}`, which depends on the tokens; unsupported model")
         for name, value in self.arguments[0].items():
-            if isinstance(value, dict) and not value:
+            if isinstance(value, Mapping) and not value:
                 raise InputError(f"blocks pass `{name}` on to later ones; unsupported model")
 
     def _tensors(self) -> dict[tuple[int, str, int], Tensor]:
@@ -246,7 +246,8 @@ def open_blocks(source: ModelSource) -> BlockModel:
     with refused(f"{source.path}: transformers cannot build this model"), init_empty_weights(include_buffers=False):
         # In fp32, as students are loaded: tables that no checkpoint has are computed in this type.
         trust = source.trust_remote_code
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust)
+        own = copy.deepcopy(config)  # the type is written into it
+        skeleton = AutoModelForCausalLM.from_config(own, dtype=torch.float32, trust_remote_code=trust)
     skeleton.tie_weights()
     missing = [name for name in _without_head(skeleton) if name not in source.shapes]
     if missing and source.shapes:

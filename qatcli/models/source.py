@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from qatcli.errors import InputError
-from qatcli.failures import of_this_machine
+from qatcli.failures import own_error
 from qatcli.models.gguf import convert
 from qatcli.models.refusal import load_complete, refused
 from qatcli.packed import companion_files, read_config
@@ -96,8 +96,8 @@ def fetching(repo: str) -> Iterator[None]:
         if any(isinstance(each, HFValidationError) for each in (error, error.__cause__)):
             hint = "give the path of a folder or file that exists, or a name such as meta-llama/Llama-2-7b-hf"
             raise InputError(f"{repo} is neither a folder, a GGUF file nor a hub id", hint=hint) from error
-        if of_this_machine(error):
-            raise
+        if own := own_error(error):
+            raise own from error
         raise InputError(
             f"{repo} could not be fetched from the hub: {error}",
             hint="check the name and the network, log in for gated models, or give a local folder",

@@ -16,6 +16,7 @@ import torch
 from qatcli.activations import AHEAD, SWEEP_BATCH, Place, StreamBudget
 from qatcli.casting import dtype_name
 from qatcli.data.corpus import BYTE_LIMIT
+from qatcli.data.files import is_json_list
 from qatcli.data.sources import local_paths
 from qatcli.evaluation.measure import BATCH_TOKENS
 from qatcli.evaluation.perplexity import divergence_windows
@@ -37,9 +38,8 @@ WARM = 96 * 2**20  # bytes that libraries take on a CPU once they compute (measu
 TOKENIZER = 2**26
 TEXT_LIBRARIES = 2**26  # what reads files and hub data sets
 ZERO_SHOT = 2**28  # lm-eval and the questions of the paper's five tasks (measured)
-GZIPPED = 4  # times as large as the file is its text, a guess
+GZIPPED, JSON_LIST = 4, 6  # times as large as the file is its text, a guess, and a list that is read whole
 UNSEEN_TEXT = 2**28  # twice the bytes of a data set on the hub, a guess; more than eight times that is never read
-JSON_LIST = 6  # times as large as the file is a list read whole, one emoji in which makes four bytes of a character
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ def _text(sources: Sequence[DataSource]) -> Phase:
 def _text_bytes(source: DataSource) -> int:
     files = local_paths(source.source) or []
     inside = sum(file.stat().st_size * (GZIPPED if file.suffix == ".gz" else 1) for file in files)
-    parsed = JSON_LIST * max((file.stat().st_size for file in files if file.suffix == ".json"), default=0)
+    parsed = JSON_LIST * max((file.stat().st_size for file in files if is_json_list(file)), default=0)
     return max(parsed, 2 * min(BYTE_LIMIT, inside)) if files else UNSEEN_TEXT
 
 

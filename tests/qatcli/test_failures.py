@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qatcli.errors import InputError
-from qatcli.failures import UNWRITABLE, explain
+from qatcli.failures import UNWRITABLE, explain, own_error
 
 
 def test_an_error_for_the_user_is_kept() -> None:
@@ -73,3 +73,14 @@ def test_a_traceback_that_cannot_be_kept_is_shown(
     found = explain(OSError(errno.ENOENT, "gone"), verbose=False)  # to be read, not written: nobody foresaw it
     assert "stands above" in str(found.hint)
     assert "gone" in capsys.readouterr().err
+
+
+def test_a_librarys_error_may_be_of_this_machine() -> None:
+    """A full disk during a download is no fault of the hub; a connection that is denied, without a file, is."""
+    full, outer = OSError(errno.ENOSPC, "No space left on device"), RuntimeError("generating the data set failed")
+    outer.__cause__ = full
+    assert own_error(outer) is full
+    assert explain(full, verbose=False).exit_code == 6
+    assert own_error(PermissionError(errno.EACCES, "denied", "/cache/x")) is not None
+    assert own_error(PermissionError(errno.EACCES, "denied")) is None
+    assert own_error(ConnectionError("refused")) is None

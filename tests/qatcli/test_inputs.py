@@ -102,7 +102,11 @@ def test_what_is_not_read_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "folders" / "train").mkdir(parents=True)
     assert content_digest(str(tmp_path / "folders")) is None
     (tmp_path / "folders" / "train" / "b.txt").write_text("b")
-    assert content_digest(str(tmp_path / "folders")) is not None
+    (tmp_path / "folders" / "README.md").write_text("a card")
+    (tmp_path / "folders" / "dataset_dict.json").write_text("{}")
+    before = content_digest(str(tmp_path / "folders"))
+    (tmp_path / "folders" / "train" / "b.txt").write_text("c")
+    assert content_digest(str(tmp_path / "folders")) != before
 
 
 def test_what_is_in_files_is_told_by_their_names_and_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from qatcli.data import files
-from qatcli.data.files import read_rows, read_text
+from qatcli.data.files import is_json_list, read_rows, read_text
 from qatcli.errors import InputError, RecipeError
 
 ROWS = [{"text": f"document {number} \u00e9\u4e2d"} for number in range(5)]
@@ -103,6 +103,12 @@ def test_a_document_without_an_end_goes_on_in_another(tmp_path: Path, monkeypatc
     found = [row["text"] for _, row in read_rows(tmp_path / "a.txt")]
     assert [len(text.split("\n")) for text in found] == [4, 4, 2]
     assert "\n".join(found).split("\n") == lines
+
+
+def test_only_a_list_is_read_whole(tmp_path: Path) -> None:
+    assert is_json_list(write(tmp_path / "list.json", '\ufeff\n [{"text": "a"}]'))
+    assert not is_json_list(write(tmp_path / "lines.json", '{"text": "a"}\n{"text": "b"}\n'))
+    assert not is_json_list(write(tmp_path / "list.jsonl", "[]"))
 
 
 def test_rows_know_their_place(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import UserDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -244,7 +245,7 @@ def test_positional_arguments_to_blocks_are_refused(random_llama: Path, monkeypa
     ("argument", "message"),
     [
         (lambda ids: {"tokens": ids}, "receive `tokens`, which depends on the tokens"),
-        (lambda ids: {"shared": {}}, "pass `shared` on to later ones"),
+        (lambda ids: {"shared": UserDict()}, "pass `shared` on to later ones"),
     ],
 )
 def test_arguments_that_depend_on_the_tokens_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -41,6 +42,13 @@ def test_sizes_are_those_of_the_checkpoint(save_random_model: Callable[..., Path
     assert model.dtype == torch.float32
     linears = {name.removesuffix(".weight"): t.shape for name, t in tensors.items() if name.endswith("_proj.weight")}
     assert {name: (q.out_features, q.in_features) for name, q in model.linears.items()} == linears
+
+
+def test_the_dtype_is_that_of_the_checkpoint(save_random_model: Callable[..., Path]) -> None:
+    folder = save_random_model("LlamaConfig")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    assert planned(folder).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", ["Qwen2Config", "Qwen3Config", "Gemma3TextConfig", "MistralConfig"])
