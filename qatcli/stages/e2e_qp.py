@@ -51,9 +51,8 @@ def run(job: Job) -> dict[str, Any]:
     checkpoint = PackedCheckpoint.open(job.input.path)
     train, held_out = _windows(job)
     dtype = compute_dtype(config.amp, job.device)
+    teacher = _teacher(job, {"train": train.tokens, "validation": held_out.tokens}, dtype)
     trust = recipe.model.trust_remote_code
-    known = AutoConfig.from_pretrained(job.input.path, trust_remote_code=trust).get_text_config().vocab_size
-    teacher = _teacher(job, {"train": train.tokens, "validation": held_out.tokens}, known, dtype)
     student = load_packed(job.input.path, dtype=torch.float32, device=job.device, trust_remote_code=trust)
     student.config.use_cache = False
     _store_as_computed(student, dtype)
@@ -258,7 +257,7 @@ class _Trainer:
         return [(names[id(p)], p, best) for p, best in zip(stepper.parameters, stepper.best, strict=True)]
 
 
-def _teacher(job: Job, windows: dict[str, Tensor], vocabulary: int, dtype: torch.dtype) -> Teacher | None:
+def _teacher(job: Job, windows: dict[str, Tensor], dtype: torch.dtype) -> Teacher | None:
     """What is kept of the full-precision model, which is made here; None where the text alone is learned."""
     config, device = job.recipe.e2e_qp, job.device
     if config.text_weight == 1:
@@ -267,6 +266,8 @@ def _teacher(job: Job, windows: dict[str, Tensor], vocabulary: int, dtype: torch
         windows = {"validation": windows["validation"]}
     blocks = open_blocks(open_model(job))
     use_tiled_attention(blocks.skeleton, device)
+    student = AutoConfig.from_pretrained(job.input.path, trust_remote_code=job.recipe.model.trust_remote_code)
+    vocabulary = student.get_text_config().vocab_size
     teacher = Teacher(job.out, windows, vocabulary, config.teacher_tokens, job.recipe.calibrate.seed, device)
     model = StreamedModel(blocks, partial(stream_budget, device, job.recipe.block_ap.cache, job.out))
     with job.log.progress("e2e-qp: the full-precision model", sum(map(model.steps, windows.values()))) as bar:
